@@ -66,7 +66,7 @@ def _pretrain(a):
     from promptbook import zoo
     print(zoo.pretrain(a.name, output=a.output, steps=a.steps, seed=a.seed, device=a.device, resume=not a.fresh)); return 0
 
-# %% ../nbs/09_cli.ipynb #7871a60b
+# %% ../nbs/09_cli.ipynb #fc1c0f64
 def examine(
     results=None,  # folder for results; default: results
 ) -> list:  # of (name, fine, what was found)
@@ -83,6 +83,7 @@ def examine(
     found += [("device", True, device), ("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
     return found + _zoo_state() + _folder_state(Path(results or ex.results_folder()))
 
+# %% ../nbs/09_cli.ipynb #1f0f4889
 def _zoo_state():
     "Every shipped model: is it there, does its hash match its card?"
     from promptbook import zoo

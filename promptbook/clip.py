@@ -215,7 +215,7 @@ def ivlp(backbone, classes, template, *, text_length=2, vision_length=2, depth=4
     "Independent vision-language prompting (clip-baselines, Algorithm 7)."
     return independent_prompts(backbone, classes, text_length, vision_length, depth)
 
-# %% ../nbs/20_clip.ipynb #b8b47cd6
+# %% ../nbs/20_clip.ipynb #8240ef8a
 def check_deep_prompts(backbone, classes, images):
     "Facts 1 and 6 of the card, for VPT, deep language prompting and IVLP, on any backbone."
     text, vision = backbone.model.config.text_config.hidden_size, backbone.model.config.vision_config.hidden_size
@@ -223,7 +223,8 @@ def check_deep_prompts(backbone, classes, images):
     trainable = lambda name, **s: count_parameters(build(name, backbone, classes, **s))["trainable"]
     assert trainable("vpt-deep", length=8, depth=depth) == depth * 8 * vision and trainable("vpt-shallow", length=8) == 8 * vision
     assert trainable("ivlp", depth=depth) == depth * 2 * (text + vision) and trainable("deep-language", depth=depth) == depth * 4 * text
-    plain, seen, said = (build(n, backbone, classes, "a photo of a {}.") for n in ("zero-shot", "vpt-shallow", "deep-language"))
+    plain, seen = (build(n, backbone, classes, "a photo of a {}.") for n in ("zero-shot", "vpt-shallow"))
+    said = build("deep-language", backbone, classes, depth=depth)
     with torch.no_grad():
         assert torch.equal(seen.text_features(), plain.text_features()) and torch.equal(said.prepare(images), plain.prepare(images))
         assert not torch.allclose(seen.image_features(seen.prepare(images)), plain.prepare(images), atol=1e-5)

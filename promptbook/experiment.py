@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CHAPTERS', 'ROW_FIELDS', 'MIN_SEEDS', 'DERIVED', 'CLAIMS', 'PILLS', 'unknown_name', 'canonical',
-           'Experiment', 'Protocol', 'protocol', 'find_protocol', 'load_chapters', 'StoreError', 'Store', 'set_aside',
-           'rows_frame', 'folder_fingerprint', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim',
+           'Experiment', 'Protocol', 'protocol', 'find_protocol', 'load_chapters', 'StoreError', 'set_aside',
+           'rows_frame', 'Store', 'folder_fingerprint', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim',
            'register_claim', 'find_claim', 'select', 'tune', 'results_folder', 'shipped_folder', 'chosen_settings',
            'seed_values', 'evaluate', 'Evaluation', 'data_name', 'variant', 'reproduce', 'Ledger', 'ledger']
 
@@ -163,76 +163,7 @@ def _append_line(path, line):
         with contextlib.suppress(OSError): os.fsync(folder)
         os.close(folder)
 
-# %% ../nbs/06_experiment.ipynb #553b23ee
-class Store:
-    "Append-only file of result rows (JSON lines with checksums), safe against kills, full disks and parallel writers."
-    def __init__(self,
-        path,  # file, usually results/<claim>.jsonl; it need not exist
-        read_only: bool = False,  # neither lock nor repair: for files inside an installed package
-    ):
-        self.path, self.read_only = Path(path), read_only
-        if self.path.is_dir(): raise StoreError(f"{self.path} is a folder; name a file in it, for example {self.path / 'rows.jsonl'}.")
-        self._rows, self._size = {}, 0
-        self.refresh()
-
-    @contextlib.contextmanager
-    def _locked(self):
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=60)
-        try: lock.acquire()
-        except Timeout: raise StoreError(f"{self.path} has been locked by another process for a minute; wait for it to finish, or end it.") from None
-        try: yield
-        finally: lock.release()
-
-    def refresh(self) -> "Store":  # itself
-        "Read rows that other processes appended since; repair a torn last line."
-        if not self.path.exists(): self._rows, self._size = {}, 0
-        elif self.read_only or not (os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)): self._load(repair=False)
-        else:
-            with self._locked(): self._load(repair=True)
-        return self
-
-    def _load(self, repair):
-        if not self.path.exists() or self.path.stat().st_size == self._size: return
-        rows, damaged, torn = _read_lines(self.path)
-        if damaged:
-            raise StoreError(f"{self.path}, line {damaged[0][0]}: the row was edited or damaged (its checksum does not match), so nothing of this file is used. "
-                             f"Restore the file from a copy, or move damaged rows to {self.path.name}.corrupt with `promptbook doctor --repair {self.path}`; their experiments then run again.")
-        if torn and repair:
-            whole = self.path.stat().st_size - torn
-            with open(self.path, "r+b") as file: file.truncate(whole)
-            warnings.warn(f"{self.path}: the last row had been cut off while it was written; it was removed and its experiment will run again.", stacklevel=4)
-        self._rows, self._size = rows, self.path.stat().st_size
-
-    def append(self,
-        row: dict,  # with a "key"; metrics and everything else as plain values
-    ) -> dict:  # the row that is now in the file: the older one if the key was there already
-        "Write one row, whole or not at all; it is on the disk when this returns."
-        if self.read_only: raise StoreError(f"{self.path} was opened read-only; name another file for new rows.")
-        line = _seal(row)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked():
-                self._load(repair=True)
-                if row["key"] not in self._rows:
-                    _append_line(self.path, line)
-                    self._rows[row["key"]], self._size = row, self.path.stat().st_size
-        except OSError as error:
-            raise StoreError(f"The row could not be written to {self.path} ({error.strerror or error}). Free some space or choose another place, then run the same command again; "
-                             f"{len(self._rows)} finished rows are safe.") from error
-        return self._rows[row["key"]]
-
-    def has(self, key: str) -> bool: return key in self._rows  # whether the row is there
-    def get(self, key: str) -> dict: return self._rows.get(key)  # the row, or None
-    def rows(self) -> list: return list(self._rows.values())  # rows in the order of the file
-    def __len__(self): return len(self._rows)
-    def __repr__(self): return f"Store({str(self.path)!r}, {len(self)} rows)"
-    def frame(self) -> pd.DataFrame: return rows_frame(self.rows())  # one row each, metrics as columns
-
-    def set_aside(self) -> int:  # number of lines moved
-        "Move damaged lines to `<name>.corrupt` and keep the others."
-        return set_aside(self.path)
-
-# %% ../nbs/06_experiment.ipynb #d806361d
+# %% ../nbs/06_experiment.ipynb #c9018268
 def _read_lines(path):
     "Rows by key, damaged lines as (number, bytes), and the length of a torn end in bytes."
     data = Path(path).read_bytes(); *lines, end = data.split(b"\n")
@@ -245,6 +176,28 @@ def _read_lines(path):
     # A row is complete only with its line end: without it, more of the line may have been coming.
     return rows, damaged, len(end)
 
+@contextlib.contextmanager
+def _locked(path):
+    "One writer at a time, across processes."
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)
+    try: lock.acquire()
+    except Timeout: raise StoreError(f"{path} has been locked by another process for a minute; wait for it to finish, or end it.") from None
+    try: yield
+    finally: lock.release()
+
+def _load_rows(path, repair):
+    "Rows by key; StoreError for a damaged line; with `repair` a torn end is cut off."
+    rows, damaged, torn = _read_lines(path)
+    if damaged:
+        raise StoreError(f"{path}, line {damaged[0][0]}: the row was edited or damaged (its checksum does not match), so nothing of this file is used. "
+                         f"Restore the file from a copy, or move damaged rows to {path.name}.corrupt with `promptbook doctor --repair {path}`; their experiments then run again.")
+    if torn and repair:
+        whole = path.stat().st_size - torn
+        with open(path, "r+b") as file: file.truncate(whole)
+        warnings.warn(f"{path}: the last row had been cut off while it was written; it was removed and its experiment will run again.", stacklevel=5)
+    return rows
+
+# %% ../nbs/06_experiment.ipynb #4096b08c
 def set_aside(
     path,  # a result file
 ) -> int:  # number of lines moved
@@ -268,6 +221,56 @@ def rows_frame(
 ) -> pd.DataFrame:  # one row each: key, the experiment's fields, every metric as a column, seconds, device, ...
     "Result rows as a frame; metrics become columns of their own."
     return pd.DataFrame([{k: v for k, v in row.items() if k != "metrics"} | row.get("metrics", {}) for row in rows])
+
+# %% ../nbs/06_experiment.ipynb #3c08d78f
+class Store:
+    "Append-only file of result rows (JSON lines with checksums), safe against kills, full disks and parallel writers."
+    def __init__(self,
+        path,  # file, usually results/<claim>.jsonl; it need not exist
+        read_only: bool = False,  # neither lock nor repair: for files inside an installed package
+    ):
+        self.path, self.read_only = Path(path), read_only
+        if self.path.is_dir(): raise StoreError(f"{self.path} is a folder; name a file in it, for example {self.path / 'rows.jsonl'}.")
+        self._rows, self._size = {}, 0
+        self.refresh()
+
+    def refresh(self) -> "Store":  # itself
+        "Read rows that other processes appended since; repair a torn last line."
+        folder = self.path.parent
+        if self.read_only or not self.path.exists() or not (os.access(self.path, os.W_OK) and os.access(folder, os.W_OK)): self._load(repair=False)
+        else:
+            with _locked(self.path): self._load(repair=True)
+        return self
+
+    def _load(self, repair):
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size: self._rows = _load_rows(self.path, repair) if size else {}
+        self._size = self.path.stat().st_size if size else 0
+
+    def append(self,
+        row: dict,  # with a "key"; metrics and everything else as plain values
+    ) -> dict:  # the row that is now in the file: the older one if the key was there already
+        "Write one row, whole or not at all; it is on the disk when this returns."
+        if self.read_only: raise StoreError(f"{self.path} was opened read-only; name another file for new rows.")
+        line = _seal(row)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path):
+                self._load(repair=True)
+                if row["key"] not in self._rows:
+                    _append_line(self.path, line)
+                    self._rows[row["key"]], self._size = row, self.path.stat().st_size
+        except OSError as error:
+            raise StoreError(f"The row could not be written to {self.path} ({error.strerror or error}). Free some space or choose another place, then run the same command again; "
+                             f"{len(self._rows)} finished rows are safe.") from error
+        return self._rows[row["key"]]
+
+    def has(self, key: str) -> bool: return key in self._rows  # whether the row is there
+    def get(self, key: str) -> dict: return self._rows.get(key)  # the row, or None
+    def rows(self) -> list: return list(self._rows.values())  # rows in the order of the file
+    def __len__(self): return len(self._rows)
+    def __repr__(self): return f"Store({str(self.path)!r}, {len(self)} rows)"
+    def frame(self) -> pd.DataFrame: return rows_frame(self.rows())  # one row each, metrics as columns
 
 # %% ../nbs/06_experiment.ipynb #e5fae173
 class _PeakMemory:
@@ -361,7 +364,7 @@ def run(
         if store is not None: row = store.append(row)
     return row
 
-# %% ../nbs/06_experiment.ipynb #620dd7c3
+# %% ../nbs/06_experiment.ipynb #70a6dbff
 class SweepError(RuntimeError):
     "Some experiments of a sweep failed; the others are finished and stored. `.failures` holds (experiment, traceback) pairs."
     def __init__(self, failures, finished):
@@ -389,6 +392,7 @@ def _modules(todo):
     "Modules that workers must import so that the protocols are registered there."
     return sorted({PROTOCOLS[e.protocol].function.__module__ for e in todo} - {"__main__"})
 
+# %% ../nbs/06_experiment.ipynb #66b58fdc
 def sweep(
     experiments,  # iterable of Experiment; repeated ones run once
     store=None,  # a Store or a path; None: rows live only in the returned frame
@@ -412,7 +416,7 @@ def sweep(
     if failures: raise SweepError(failures, len(rows))
     return rows_frame([rows[e] for e in asked])
 
-# %% ../nbs/06_experiment.ipynb #2b643e52
+# %% ../nbs/06_experiment.ipynb #6877551a
 def _worker(connection, modules, visible):
     "A worker process: receive experiments, send back (row, error), until told to stop or left alone."
     def leave_with_parent():
@@ -424,6 +428,7 @@ def _worker(connection, modules, visible):
     with contextlib.suppress(EOFError, OSError):
         while (job := connection.recv()) is not None: connection.send(_attempt(job[0], modules, job[1]))
 
+# %% ../nbs/06_experiment.ipynb #55aee105
 def _gpu_for(index, count, visible=None):
     "The CUDA_VISIBLE_DEVICES of worker `index` on a machine with `count` GPUs: one each, in turn; None: leave it alone."
     if count < 2: return None
@@ -460,7 +465,7 @@ def _local_workers(todo, count, tuning):
     finally:
         for process in processes: process.join()
 
-# %% ../nbs/06_experiment.ipynb #59649405
+# %% ../nbs/06_experiment.ipynb #e1187847
 @contextlib.contextmanager
 def _environment(**values):
     "Environment variables for the processes started in a with block."
@@ -499,6 +504,7 @@ def _ray_workers(todo, count, tuning):
         else:
             for task_id in waiting: ray.cancel(task_id)
 
+# %% ../nbs/06_experiment.ipynb #574c4364
 def _start(todo, workers, tuning):
     "The generator of results for a `workers` argument."
     kind, _, count = str(workers).partition(":")
@@ -534,7 +540,7 @@ class Comparison:
 MIN_SEEDS = 5                                                        # below this, no verdict
 DERIVED = {"hm": (harmonic_mean, ("base", "new"))}                   # metric -> (function, its arguments): computed from averages over data sets
 
-# %% ../nbs/06_experiment.ipynb #bbfcd6da
+# %% ../nbs/06_experiment.ipynb #45675b40
 @dataclass(frozen=True)
 class Claim:
     "A paper's statement as an experiment that could refute it."
@@ -578,6 +584,7 @@ class Claim:
         parts = [p for m in wanted for p in DERIVED.get(m, (None, ()))[1]]
         return list(dict.fromkeys(parts + wanted))
 
+# %% ../nbs/06_experiment.ipynb #f0900212
 CLAIMS = {}
 
 def register_claim(
@@ -667,7 +674,7 @@ def chosen_settings(
         return chosen, f"settings: best of {budget} by {claim.tuning_metric} on seeds {', '.join(map(str, claim.tuning_seeds))} ({'shipped' if Path(folder) == shipped_folder() else 'your'} search)"
     return {}, "settings: the arms' defaults (no complete search was found)"
 
-# %% ../nbs/06_experiment.ipynb #9cc21921
+# %% ../nbs/06_experiment.ipynb #416ff205
 def seed_values(
     claim: Claim,  # arms, data, protocol, backbone; rows of any seed that match these count
     frame: pd.DataFrame,  # rows, as from Store.frame()
@@ -692,10 +699,11 @@ def seed_values(
         result[arm.name] = table
     return result
 
+# %% ../nbs/06_experiment.ipynb #df177cac
 def evaluate(
     claim: Claim,  # with the settings that were run
     frame: pd.DataFrame,  # rows, as from Store.frame(); rows of other experiments are ignored
-) -> "Evaluation":  # tables of arms and comparisons
+):  # Evaluation: tables of arms and comparisons
     "Intervals for every arm and a verdict for every comparison."
     values = seed_values(claim, frame) if len(frame) else {a.name: {} for a in claim.arms}
     arms = []
@@ -717,7 +725,7 @@ def evaluate(
                             "difference": d.mean, "low": d.low, "high": d.high, "seeds": d.n, "verdict": decision})
     return Evaluation(claim, pd.DataFrame(arms), pd.DataFrame(comparisons))
 
-# %% ../nbs/06_experiment.ipynb #0fa73b04
+# %% ../nbs/06_experiment.ipynb #976ba3da
 def _show(mean, low, high, signed=False):
     "An interval as text, with one decimal for large numbers and two for small ones."
     if mean != mean: return "–"
@@ -727,6 +735,7 @@ def _show(mean, low, high, signed=False):
 
 def _count(value): return "–" if value != value else f"{value:,.0f}"
 
+# %% ../nbs/06_experiment.ipynb #29945a3c
 @dataclass(frozen=True)
 class Evaluation:
     "What the rows say about a claim."
@@ -806,7 +815,7 @@ def _html_table(frame):
     body = "".join("<tr>" + "".join(cell(v, c) for c, v in zip(frame, r)) + "</tr>" for r in frame.values.tolist())
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse;background:transparent;color:inherit"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/06_experiment.ipynb #25c9a45e
+# %% ../nbs/06_experiment.ipynb #2af3b891
 def data_name(
     text: str,  # a data set name, "folder:PATH", or the path of a folder of images
 ) -> str:  # a data set name, or "folder:PATH"
@@ -838,6 +847,7 @@ def variant(
     return replace(claim, arms=arms, data=[data_name(d) for d in data or small.get("data", claim.data)], seeds=list(seeds), quick=None,
                    comparisons=[c for c in claim.comparisons if c.better in kept and c.worse in kept])
 
+# %% ../nbs/06_experiment.ipynb #eb7b72f9
 def reproduce(
     claim,  # a Claim or its id
     quick: bool = False,  # the small variant: minutes on a laptop
@@ -864,11 +874,12 @@ def reproduce(
         if progress: print(f"figure: {drawn}")
     return evaluation
 
-# %% ../nbs/06_experiment.ipynb #48551922
+# %% ../nbs/06_experiment.ipynb #3064b35c
 def _reported(claim, comparison):
     "The paper's numbers for a comparison: those of its two arms if given, else the claim's general ones."
     fits = [r for r in claim.reported if r.get("metric") == comparison.metric and r.get("arm") in (comparison.better, comparison.worse)]
-    text = [f"{r['arm']} {r['number']} ({r['source']})" for r in fits] or [f"{r['what']}: {r['number']} ({r['source']})" for r in claim.reported if "arm" not in r]
+    number = lambda r: f"{r['number']:.2f}" if isinstance(r["number"], float) else str(r["number"])
+    text = [f"{r['arm']} {number(r)} ({r['source']})" for r in fits] or [f"{r['what']}: {number(r)} ({r['source']})" for r in claim.reported if "arm" not in r]
     return "; ".join(text) or "–"
 
 def _cost(evaluation, names):
@@ -876,6 +887,7 @@ def _cost(evaluation, names):
     rows = evaluation.arms[evaluation.arms["arm"].isin(names)].to_dict("records")
     return "; ".join(f"{r['arm']} {r['seconds']:.2g} s, {_count(r['trainable'])} trained" for r in rows if r["seconds"] == r["seconds"]) or "–"
 
+# %% ../nbs/06_experiment.ipynb #27d4cf79
 @dataclass(frozen=True)
 class Ledger:
     "Every claim with the paper's number, ours, the verdict, the cost and the departures."

@@ -4,7 +4,7 @@
 __all__ = ['METHODS', 'augment', 'FitSettings', 'Hook', 'Track', 'Averager', 'trained', 'TrainingSet', 'Run', 'fit', 'MethodSpec',
            'register', 'method_spec', 'build', 'save_method', 'load_method']
 
-# %% ../nbs/04_learn.ipynb #6b909eae
+# %% ../nbs/04_learn.ipynb #21522bbe
 import difflib
 import inspect
 import json
@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .universe import Split
 from .zoo import load

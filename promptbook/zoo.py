@@ -4,7 +4,8 @@
 __all__ = ['CONTEXT_LENGTH', 'IMAGE_MEAN', 'IMAGE_STD', 'ZOO', 'HEADS', 'vocabulary', 'tiny_tokenizer', 'tiny_clip_config',
            'tiny_image_processor', 'Backbone', 'load', 'PretrainSettings', 'pretrain', 'zero_shot_accuracy']
 
-# %% ../nbs/02_zoo.ipynb #f31228f1
+# %% ../nbs/02_zoo.ipynb #da33778c
+import contextlib
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
@@ -69,7 +70,7 @@ def tiny_image_processor() -> CLIPImageProcessorPil:  # PIL or array to pixel_va
     "The tiny CLIP's image processor."
     return CLIPImageProcessorPil(size={"shortest_edge": CANVAS}, crop_size={"height": CANVAS, "width": CANVAS}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
 
-# %% ../nbs/02_zoo.ipynb #ddd8cbf8
+# %% ../nbs/02_zoo.ipynb #3282ce7d
 ZOO = Path(__file__).parent / "zoo_models" if "__file__" in globals() else Path("../promptbook/zoo_models")
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ class Backbone:
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (images.to(self.device).float() / 255 - mean) / std
 
+@contextlib.contextmanager
+def _quiet_transformers():
+    "No bars and no notices while a model is read or written; errors still come through."
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
+    try: yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars: transformers_logging.enable_progress_bar()
+
 @lru_cache(maxsize=4)
 def load(
     name: str = "tiny-clip",   # a zoo name, a folder, or a hub id such as "openai/clip-vit-base-patch16"
@@ -106,21 +117,17 @@ def load(
     if not folder.is_dir() and "/" not in name: raise ValueError(f"No backbone '{name}'. Zoo models: {known}. Otherwise give a folder or a hub id like openai/clip-vit-base-patch16.")
     source = str(folder) if folder.is_dir() else name
     if folder.is_dir(): _check_hash(folder)
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error(); transformers_logging.disable_progress_bar()
     try:
         attention = "eager" if folder.parent == ZOO else "sdpa"    # short sequences on a CPU: eager is twice as fast
-        model = CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation=attention)
-        tokenizer, processor = AutoTokenizer.from_pretrained(source), CLIPImageProcessorPil.from_pretrained(source)
+        with _quiet_transformers():
+            model = CLIPModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, attn_implementation=attention)
+            tokenizer, processor = AutoTokenizer.from_pretrained(source), CLIPImageProcessorPil.from_pretrained(source)
     except (SafetensorError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(f"The checkpoint '{source}' is damaged ({type(error).__name__}): fetch it again, or remake a zoo model with `promptbook pretrain`.") from None
     except (OSError, ValueError) as error:
         if folder.is_dir(): raise FileNotFoundError(f"The folder '{source}' does not hold a complete CLIP checkpoint: {str(error).splitlines()[0]}") from None
         raise FileNotFoundError(f"'{name}' could not be fetched from the hub (wanted: its config.json and model.safetensors); check the name and the network, "
                                 f"or run at tiny scale with a zoo model ({known}).") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars: transformers_logging.enable_progress_bar()
     return Backbone(name, model.eval().requires_grad_(False), tokenizer, tuple(processor.image_mean), tuple(processor.image_std))
 
 def _check_hash(folder):
@@ -171,7 +178,7 @@ def _pretraining_inputs(settings, step, tokenizer, pieces):
     for name in ("shape", "colour"): targets["second_" + name] = torch.where(alone, -100, getattr(scenes, name)[:, 1])
     return render(scenes)[0], padded, targets
 
-# %% ../nbs/02_zoo.ipynb #168020b5
+# %% ../nbs/02_zoo.ipynb #5205095e
 def pretrain(
     name: str = "tiny-clip",   # which zoo model; only "tiny-clip" so far
     output=None,               # folder for the result; default: the zoo inside the package
@@ -180,6 +187,7 @@ def pretrain(
     device: str = None,        # "cpu" or "cuda"; default: cuda where there is one
     resume: bool = True,       # go on from the last checkpoint of the same settings
     checkpoint_every: int = 250,  # steps between checkpoints
+    progress: bool = True,     # show a bar
 ) -> Path:                     # the folder written
     "Remake a zoo model from its seed: seeded, with a progress bar, resuming exactly where it was killed."
     if name != "tiny-clip": raise ValueError(f"'{name}' is not a zoo model that can be remade here; known: tiny-clip.")
@@ -191,7 +199,7 @@ def pretrain(
     torch.manual_seed(settings.seed)
     trainer = _Pretrainer(settings, device, output / "checkpoint.pt")
     first = trainer.restore() if resume else 0
-    started, bar = time.time(), tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=f"pretrain {name}", mininterval=2)
+    started, bar = time.time(), tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=f"pretrain {name}", mininterval=2, disable=not progress)
     for step in bar:
         losses = trainer.step(step)
         if step % 20 == 0: bar.set_postfix(losses)
@@ -199,7 +207,7 @@ def pretrain(
     trainer.write(output, time.time() - started)
     return output
 
-# %% ../nbs/02_zoo.ipynb #2155173d
+# %% ../nbs/02_zoo.ipynb #28ab225b
 class _Pretrainer:
     "State of a pretraining run."
     def __init__(self, settings, device, checkpoint):
@@ -250,7 +258,8 @@ class _Pretrainer:
 
     def write(self, output, seconds):
         "Finished model, tokenizer, processor and card."
-        half = CLIPModel(self.model.config).eval(); half.load_state_dict(self.model.state_dict()); half.half().save_pretrained(output)
+        half = CLIPModel(self.model.config).eval(); half.load_state_dict(self.model.state_dict())
+        with _quiet_transformers(): half.half().save_pretrained(output)
         self.tokenizer.save_pretrained(output); tiny_image_processor().save_pretrained(output)
         card = dict(name=output.name, architecture="CLIPModel", parameters=sum(p.numel() for p in half.parameters()), data="promptbook.universe.pretraining_batch",
                     settings=vars(self.settings), seconds=round(self.seconds + seconds), device=str(self.device), machine=platform.machine(), torch=torch.__version__,

@@ -64,7 +64,7 @@ def execute(path, threads, folder):
             cell.outputs = []
             if is_skipped(cell.source):
                 cell.source = ""
-    client = NotebookClient(fresh, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(fresh, timeout=CELL_SECONDS, startup_timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
     start = time.time()
     try:
         client.execute(env=environment(threads, folder))

@@ -18,7 +18,7 @@ def copy_tree(target):
     for name in ("settings.ini", "pyproject.toml", "setup.py", "_quarto.yml", "README.md"):
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target / name)
-    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked", "*.safetensors", "results", "_proc")
+    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".last_checked", "_proc")
     for name in ("nbs", "promptbook"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
 
