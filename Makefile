@@ -36,7 +36,7 @@ $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 install: $(STAMP)
 
 run: $(STAMP)
-	@$(BIN)/promptbook reproduce clip-baselines --quick
+	@$(BIN)/promptbook reproduce clip-baselines --quick --workers 2
 
 test: $(STAMP)
 	@$(BIN)/python tests/run_all.py
