@@ -140,7 +140,7 @@ def _own_parameters(method, accelerator):
     if not trained(method): raise ValueError("This method has nothing to train: set epochs=0.")
     return list(trained(method).values())
 
-# %% ../nbs/04_learn.ipynb #1f99e184
+# %% ../nbs/04_learn.ipynb #626e54de
 def fit(
     method,                    # a PromptedCLIP or any module with prepare(images) and forward(inputs, labels) -> {"loss": …}
     split: Split,              # training images and labels
@@ -170,6 +170,7 @@ def fit(
     for hook in hooks: hook.after_fit(run)
     return pd.DataFrame(run.history)
 
+# %% ../nbs/04_learn.ipynb #6fa6a9f4
 def _one_epoch(run, model, loader, data, accelerator, hooks):
     "One pass over the training set."
     data.view, rate, sums, count = run.epoch, run.settings.rate(run.epoch), {}, 0
@@ -187,7 +188,7 @@ def _one_epoch(run, model, loader, data, accelerator, hooks):
     if not math.isfinite(means["loss"]): raise FloatingPointError(f"The loss is not finite in epoch {run.epoch}: lower the learning rate (now {run.settings.lr}).")
     run.history.append({"epoch": run.epoch, "rate": rate, **means})
 
-# %% ../nbs/04_learn.ipynb #bb170895
+# %% ../nbs/04_learn.ipynb #05128f63
 METHODS = {}
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def register(
         return build
     return wrap
 
+# %% ../nbs/04_learn.ipynb #03df5544
 def method_spec(name: str) -> MethodSpec:
     "Look a method up. Raises ValueError naming the closest ones."
     if name in METHODS: return METHODS[name]

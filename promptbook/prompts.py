@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['TextTower', 'VisionTower', 'run_tower', 'ClassTexts', 'context_layout', 'template_layout', 'word_embeddings',
-           'Prompts', 'FreePrompts', 'Source', 'Independent', 'ImageConditioned', 'PromptedCLIP', 'Outputs',
-           'similarity', 'Teacher', 'TextConsistency']
+           'Prompts', 'FreePrompts', 'Source', 'Independent', 'ImageConditioned', 'PromptedTowers', 'PromptedCLIP',
+           'Outputs', 'similarity', 'Teacher', 'TextConsistency']
 
 # %% ../nbs/03_prompts.ipynb #eaedf9dd
 import copy
@@ -219,9 +219,9 @@ class ImageConditioned(Source):
         first, *deeper = self.text()
         return Prompts(text=[first + shift, *deeper])
 
-# %% ../nbs/03_prompts.ipynb #25cf4469
-class PromptedCLIP(nn.Module):
-    "A frozen CLIP with prompts: unit features of classes and images, logits, and a loss. Every CLIP method of the course is one of these."
+# %% ../nbs/03_prompts.ipynb #b5e8a58f
+class PromptedTowers(nn.Module):
+    "A frozen CLIP with prompts in either tower: unit features of classes and images, computed no more often than needed."
     def __init__(self,
         backbone: Backbone,    # frozen CLIP
         names,                 # class names
@@ -284,6 +284,9 @@ class PromptedCLIP(nn.Module):
         features = run_tower(self.text, repeat(tokens), flat, repeat(slots), repeat(end))
         return F.normalize(features, dim=-1).unflatten(0, (batch, count))
 
+# %% ../nbs/03_prompts.ipynb #2e4b89b3
+class PromptedCLIP(PromptedTowers):
+    "The classifier: logits, training loss, prediction. Every CLIP method of the course is one of these."
     def outputs(self, prepared):
         "Everything a loss may want, for prepared images."
         if self.source.conditional:

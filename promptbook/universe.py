@@ -150,7 +150,7 @@ def _index_of(attribute, word):
     if word not in VOCABULARY[attribute]: raise ValueError(f"'{word}' is not a {attribute}; choose one of {', '.join(VOCABULARY[attribute])}.")
     return VOCABULARY[attribute].index(word)
 
-# %% ../nbs/01_universe.ipynb #901bfd5f
+# %% ../nbs/01_universe.ipynb #2e32bdd2
 def _pick(generator, high, size, allowed=None):
     "Random indices below `high`, or from the list `allowed`."
     if allowed is None: return torch.randint(high, size, generator=generator)
@@ -185,6 +185,7 @@ def _looseness(relation):
     "How much of the jitter a relation tolerates before it stops being true."
     return torch.where(relation == 0, 1.0, .35)[:, None]
 
+# %% ../nbs/01_universe.ipynb #55fd4e19
 def _arrange(relation, size, generator):
     "Centres, sizes and counts that make each relation true. Sizes: 0 small, 1 medium, 2 large."
     n, size = len(relation), size.clone()
@@ -246,7 +247,7 @@ def _by_index(index, function):
         out[rows] = function(k, rows)
     return out
 
-# %% ../nbs/01_universe.ipynb #c7fd5f0e
+# %% ../nbs/01_universe.ipynb #6bd37427
 _PALETTE = torch.tensor(list(COLOURS.values()))
 _TONES = torch.tensor(list(TONES.values()))
 _RADII = torch.tensor(list(SIZES.values()))
@@ -277,6 +278,7 @@ def render(
         image[rows], mask[rows] = _paint(scenes[rows], slot, u[rows], v[rows], noise[rows], image[rows], mask[rows], sketch[rows])
     return (_stylise(image, scenes, noise) * 255).round().clamp(0, 255).to(torch.uint8), mask
 
+# %% ../nbs/01_universe.ipynb #0de222ef
 def _paint(scenes, slot, u, v, noise, image, mask, sketch):
     "Paint the thing in one slot over an image."
     radius = _RADII[scenes.size[:, slot]].view(-1, 1, 1)
@@ -422,7 +424,7 @@ class Narrator:
                 for i in range(len(scenes)))
         return [self.caption(r) for r in rows]
 
-# %% ../nbs/01_universe.ipynb #e97a1dfd
+# %% ../nbs/01_universe.ipynb #ce48acbb
 MIXTURE = {"alone": .53, "pair": .24, "scattered": .02, "swatch": .04, "breed": .04, "land": .03, "direction": .05, "numeral": .05}
 
 def left_out(shape, colour, texture):
@@ -437,6 +439,7 @@ def apply_kind(scenes, rows, kind):
         if column.ndim == 2: column[rows] = _index_of(name, word)
         else: column[rows] = _index_of(name, word)
 
+# %% ../nbs/01_universe.ipynb #f83236e7
 def pretraining_batch(
     n: int,                    # scenes in the batch
     seed: int,                 # fixes scenes and captions
@@ -478,7 +481,7 @@ def pretraining_batch(
     narrator = Narrator(seed, vague=vague, wrong=wrong)
     return scenes, narrator(scenes, kinds, [d if p else None for d, p in zip(direction.tolist(), pointing.tolist())])
 
-# %% ../nbs/01_universe.ipynb #dc8c2b9a
+# %% ../nbs/01_universe.ipynb #66bd2b64
 @dataclass(frozen=True)
 class DataSpec:
     "A downstream classification problem cut out of the universe."
@@ -503,6 +506,7 @@ def _things():
     by_texture = [(s, _C[(5 * i + 7 * j) % 12], _T[(3 * i + 4 * j + 2) % 10]) for i, s in enumerate(_S[8:]) for j in range(3)]
     return tuple((f"{t} {_rare(c, k)} {_rare(s, k // 3)}", dict(shape=s, colour=c, texture=t)) for k, (s, c, t) in enumerate(by_colour + by_texture))
 
+# %% ../nbs/01_universe.ipynb #ae33fa73
 def _vehicles():
     return tuple((f"{size if size == 'small' else 'big'} {_rare(t, i + j)} {_rare(c, j)} {'capsule' if j % 2 else 'pill'}", dict(shape="pill", texture=t, colour=c, size=size))
                  for i, t in enumerate(("plain", "barred", "dotted", "checked", "speckled")) for j, c in enumerate(("red", "blue", "white", "yellow"))
@@ -649,7 +653,7 @@ def _drawn(name):
         splits[split] = Split(render(Scenes(**columns))[0], torch.arange(len(spec.classes)).repeat_interleave(count))
     return ImageData(name, tuple(c for c, _ in spec.classes), spec.template, flavour=spec.flavour, **splits)
 
-# %% ../nbs/01_universe.ipynb #c8fc6f19
+# %% ../nbs/01_universe.ipynb #2171739b
 @lru_cache(maxsize=1)
 def _digits():
     "Handwritten digits of scikit-learn, enlarged to the canvas."
@@ -664,6 +668,7 @@ def _digits():
     cut = lambda rows: Split(images[rows], labels[rows])
     return ImageData("digits", SHAPES[SHAPE_COUNT:], "a photo of the number {}.", cut(train), cut(val), cut(test), "MNIST-like, real")
 
+# %% ../nbs/01_universe.ipynb #fe1ba8ab
 def load_folder(
     path,                      # a folder with one sub-folder a class, holding image files
     template: str = "a photo of a {}.",  # hand-written prompt with one {}

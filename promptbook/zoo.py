@@ -70,7 +70,7 @@ def tiny_image_processor() -> CLIPImageProcessorPil:  # PIL or array to pixel_va
     "The tiny CLIP's image processor."
     return CLIPImageProcessorPil(size={"shortest_edge": CANVAS}, crop_size={"height": CANVAS, "width": CANVAS}, image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
 
-# %% ../nbs/02_zoo.ipynb #3282ce7d
+# %% ../nbs/02_zoo.ipynb #77c0a621
 ZOO = Path(__file__).parent / "zoo_models" if "__file__" in globals() else Path("../promptbook/zoo_models")
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Backbone:
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
         return (images.to(self.device).float() / 255 - mean) / std
 
+# %% ../nbs/02_zoo.ipynb #85e71afd
 @contextlib.contextmanager
 def _quiet_transformers():
     "No bars and no notices while a model is read or written; errors still come through."
