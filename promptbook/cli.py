@@ -29,7 +29,7 @@ def _positive(text):
     if not text.isdigit() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
-# %% ../nbs/09_cli.ipynb #5ec04235
+# %% ../nbs/09_cli.ipynb #7a9ab413
 def _list(a):
     from promptbook import catalog
     answers = dict(setting(f) for f in a.filter)
@@ -41,19 +41,24 @@ def _show(a):
 
 def _run(a):
     ex.load_chapters()
-    experiment = ex.Experiment(a.method, a.backbone, ex.data_name(a.data), a.protocol, a.seed, dict(a.set or []), a.sampling_seed)
+    full = {"scale": "full"} if a.scale == "full" else {}
+    experiment = ex.Experiment(a.method, a.backbone or (ex.FULL_BACKBONE if full else "tiny-clip"), ex.data_name(a.data), a.protocol, a.seed, full | dict(a.set or []), a.sampling_seed)
     row = ex.run(experiment, a.store or ex.results_folder() / "runs.jsonl", progress=not a.quiet)
+    if not ex.is_main_process(): return 0                            # of several processes, one speaks
     print(experiment)
     for name, value in row["metrics"].items():
-        if not isinstance(value, list): print(f"  {name:<16}{value:.2f}" if isinstance(value, float) else f"  {name:<16}{value}")
-    print(f"  {'seconds':<16}{row['seconds']:.1f}  ({row['device']}, {row['threads']} threads, {row['peak_memory_mb']} MB)")
+        if not isinstance(value, list): print(f"  {name:<20}{value:.2f}" if isinstance(value, float) else f"  {name:<20}{value}")
+    print(f"  {'seconds':<20}{row['seconds']:.1f}  ({row['device']}, {row['threads']} threads, {row['peak_memory_mb']} MB)")
     return 0
 
 def _reproduce(a):
     claim = ex.find_claim(a.claim)
+    if a.tune and a.scale == "full": raise ValueError("--tune chooses settings for the tiny scale; at full scale they are the published ones, and --set changes them.")
     if a.tune: ex.tune(claim, workers=a.workers, progress=not a.quiet)
-    evaluation = ex.reproduce(claim, quick=a.quick, seeds=a.seeds, data=a.data, workers=a.workers, store=a.store, progress=not a.quiet)
-    print("\n" + evaluation.text()); return 0
+    evaluation = ex.reproduce(claim, quick=a.quick, seeds=a.seeds, data=a.data, workers=a.workers, store=a.store, progress=not a.quiet,
+                              scale=a.scale, backbone=a.backbone, settings=dict(a.set or []))
+    if ex.is_main_process(): print("\n" + evaluation.text())
+    return 0
 
 def _ledger(a):
     book = ex.ledger([a.results] if a.results else None)
@@ -114,7 +119,7 @@ def _doctor(a):
     for name, fine, what in found: print(f"{'ok ' if fine else '!! '} {name:<22} {what}")
     return 0 if all(fine for _, fine, _ in found) else 1
 
-# %% ../nbs/09_cli.ipynb #07faf224
+# %% ../nbs/09_cli.ipynb #6885a2bd
 def parser() -> argparse.ArgumentParser:  # of the whole command line
     "All commands with their options."
     top = _Parser(prog="promptbook", description="Prompt learning, one notebook a family: list the papers, run methods, reproduce claims.")
@@ -125,12 +130,15 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
 
     def command(name, function, text, parents=()):
         made = commands.add_parser(name, help=text, description=text, parents=[common, *parents]); made.set_defaults(function=function); return made.add_argument
+    def scale(add):
+        add("--scale", choices=("tiny", "full"), default="tiny", help="full: published settings, for real photographs and a real model (default: tiny)")
+        add("--backbone", help=f"zoo name, hub id or folder (default: tiny-clip, at full scale {ex.FULL_BACKBONE})")
     add = command("list", _list, "the papers of the course and how far each is")
     add("filter", nargs="*", metavar="AXIS=VALUE", help="only papers with this value on an axis, for example source=free")
     add = command("show", _show, "one paper: idea, axes, status, methods"); add("paper", metavar="ID")
     add = command("run", _run, "train and test one method", [quiet])
     add("method", metavar="METHOD"); add("--data", default="digits", metavar="NAME|FOLDER", help="data set or folder of images, one sub-folder a class (default: digits)")
-    add("--backbone", default="tiny-clip", help="zoo name, hub id or folder (default: tiny-clip)"); add("--protocol", default="base-to-new", help="default: base-to-new")
+    scale(add); add("--protocol", default="base-to-new", help="default: base-to-new")
     add("--seed", type=int, default=1); add("--sampling-seed", type=int, help="draws the training images (default: the seed)")
     add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of the method; may be given several times"); add("--store", metavar="FILE", help="default: results/runs.jsonl")
     add = command("reproduce", _reproduce, "run a claim, or what is missing of it, and print its table", [quiet])
@@ -138,6 +146,7 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add("--data", nargs="+", metavar="NAME|FOLDER", help="other data sets, or your own folders of images")
     add("--workers", default=0, metavar="N|ray|ray:N", help="local processes, or Ray (default: 0, this process)"); add("--store", metavar="FILE", help="default: results/ID.jsonl")
     add("--tune", action="store_true", help="choose settings on validation data and separate seeds first")
+    scale(add); add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of all arms, for example epochs=1; may be given several times")
     add = command("ledger", _ledger, "every claim: the paper's number, ours, verdict, cost")
     add("--markdown", action="store_true"); add("--output", metavar="FILE"); add("--results", metavar="FOLDER", help="default: the package's rows and ./results")
     add = command("pretrain", _pretrain, "remake a model of the zoo from its seed; goes on after a kill")
@@ -169,3 +178,7 @@ def _explain(error):
     elif isinstance(error, (ValueError, KeyError, OSError, ImportError)): text, code = " ".join(text.split()), 2
     else: text, code = f"unexpected {type(error).__name__}: {' '.join(text.split())} (--debug shows where)", 1
     print(f"promptbook: {text}", file=sys.stderr); return code
+
+# %% ../nbs/09_cli.ipynb #12284906
+#| eval: false
+if __name__ == "__main__": sys.exit(main())

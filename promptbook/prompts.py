@@ -2,16 +2,18 @@
 
 # %% auto #0
 __all__ = ['TextTower', 'VisionTower', 'run_tower', 'ClassTexts', 'context_layout', 'template_layout', 'word_embeddings',
-           'Prompts', 'FreePrompts', 'Source', 'Independent', 'ImageConditioned', 'PromptedTowers', 'PromptedCLIP',
-           'Outputs', 'similarity', 'Teacher', 'TextConsistency']
+           'Prompts', 'FreePrompts', 'Source', 'Independent', 'ImageConditioned', 'PromptedTowers', 'PromptedImages',
+           'PromptedTexts', 'Outputs', 'similarity', 'PromptedCLIP', 'encode_sentences', 'Teacher', 'Regulariser',
+           'TextConsistency']
 
-# %% ../nbs/03_prompts.ipynb #eaedf9dd
+# %% ../nbs/03_prompts.ipynb #d172796c
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .zoo import Backbone
 
@@ -91,7 +93,7 @@ def _insert(hidden, prompt, slots, length):
     if slots is None: return torch.cat([hidden[:, :length], prompt], 1)
     return hidden.scatter(1, slots[:, :, None].expand_as(prompt), prompt)
 
-# %% ../nbs/03_prompts.ipynb #123eeaeb
+# %% ../nbs/03_prompts.ipynb #e57ea710
 @dataclass(frozen=True)
 class ClassTexts:
     "Token ids of one sentence per class and the places prompts go."
@@ -100,14 +102,17 @@ class ClassTexts:
     slots: torch.Tensor        # (C, n) places that prompts overwrite; n may be 0
     end: torch.Tensor          # (C,) position of the end token
 
-def _pack(backbone, names, rows, slots, full_length):
+    def padded(self, length):
+        "The same texts with fillers behind them, up to `length` tokens: what published code runs."
+        return replace(self, ids=F.pad(self.ids, (0, length - self.ids.shape[1])))
+
+def _pack(backbone, names, rows, slots):
     "Pad rows of token ids to one tensor; one clear error for a name that is too long."
     longest = max(range(len(rows)), key=lambda k: len(rows[k]))
     if len(rows[longest]) > backbone.context_length:
         raise ValueError(f"The text for class '{names[longest]}' needs {len(rows[longest])} tokens, '{backbone.name}' reads {backbone.context_length}: "
                          "shorten the class name or the prompt.")
-    width = backbone.context_length if full_length else len(rows[longest])
-    ids = torch.full((len(rows), width), backbone.tokenizer.pad_token_id)
+    ids = torch.full((len(rows), len(rows[longest])), backbone.tokenizer.pad_token_id)
     for k, row in enumerate(rows): ids[k, :len(row)] = torch.tensor(row)
     return ClassTexts(tuple(names), ids, torch.tensor(slots).view(len(rows), -1), torch.tensor([len(r) - 1 for r in rows]))
 
@@ -116,13 +121,12 @@ def _check_names(names):
     if isinstance(names, str): raise ValueError(f"Class names must be a list of strings, not the one string '{names}'.")
     return [n.replace("_", " ") for n in names]
 
-# %% ../nbs/03_prompts.ipynb #c49947ef
+# %% ../nbs/03_prompts.ipynb #0b8e5c1a
 def context_layout(
     backbone: Backbone,        # whose tokenizer and context length to use
     names,                     # class names
     length: int,               # n context tokens
     place: str = "end",        # where the class name stands: "end", "middle" or "front"
-    full_length: bool = False, # pad to the whole context instead of the longest class (the plain path)
 ) -> ClassTexts:               # sentences with n slots
     "CoOp's input: context tokens around the class name, then a full stop (clip-baselines, Algorithm 2)."
     if place not in ("end", "middle", "front"): raise ValueError(f"place must be 'end', 'middle' or 'front', not '{place}'.")
@@ -135,21 +139,20 @@ def context_layout(
         word = tok(name, add_special_tokens=False).input_ids
         rows.append([tok.bos_token_id] + [filler] * before + word + [filler] * (length - before) + stop + [tok.eos_token_id])
         slots.append([*range(1, 1 + before), *range(1 + before + len(word), 1 + length + len(word))])
-    return _pack(backbone, names, rows, slots, full_length)
+    return _pack(backbone, names, rows, slots)
 
 def template_layout(
     backbone: Backbone,        # whose tokenizer and context length to use
     names,                     # class names
     template: str,             # sentence with one {}
     length: int = 0,           # how many words at the front are overwritten by prompts
-    full_length: bool = False, # pad to the whole context instead of the longest class
 ) -> ClassTexts:               # sentences with n slots at positions 1 … n
     "A hand-written sentence per class, its first `length` tokens replaceable (MaPLe card, Algorithm 1)."
     names, tok = _check_names(names), backbone.tokenizer
     words = tok(template.split("{}")[0].strip(), add_special_tokens=False).input_ids
     if length > len(words): raise ValueError(f"{length} prompt tokens do not fit before the class name of '{template}', which leaves room for {len(words)}.")
     rows = [tok(template.format(name)).input_ids for name in names]
-    return _pack(backbone, names, rows, [list(range(1, 1 + length))] * len(rows), full_length)
+    return _pack(backbone, names, rows, [list(range(1, 1 + length))] * len(rows))
 
 def word_embeddings(
     backbone: Backbone,        # whose table to read
@@ -219,73 +222,136 @@ class ImageConditioned(Source):
         first, *deeper = self.text()
         return Prompts(text=[first + shift, *deeper])
 
-# %% ../nbs/03_prompts.ipynb #b5e8a58f
+# %% ../nbs/03_prompts.ipynb #5b468c5f
 class PromptedTowers(nn.Module):
-    "A frozen CLIP with prompts in either tower: unit features of classes and images, computed no more often than needed."
+    "A frozen CLIP and what a method adds to it."
     def __init__(self,
         backbone: Backbone,    # frozen CLIP
         names,                 # class names
         layout,                # function: names -> ClassTexts; a function, so that other names can be asked for later
         source: Source,        # where the prompts come from
-        regularisers=(),       # objects called with Outputs; their `name` labels the term in the history
+        regularisers=(),       # Regulariser modules
+        adapters=None,         # {"text": module, "vision": module}: features (N, d) to features (N, d)
+        trajectory=(),         # hooks of `learn` that belong to the method
         start: int = 0,        # block at which the first vision prompt enters
-        features_first: bool = True,  # compute what prompts do not touch once
     ):
         super().__init__()
-        self.backbone, self.layout, self.start, self.features_first = backbone, layout, start, features_first
-        self.texts, self.regularisers = layout(names), list(regularisers)
+        self.backbone, self.layout, self.start, self.features_first = backbone, layout, start, True
+        self.texts, self.trajectory, self.text_chunk = layout(names), list(trajectory), 0
         self.clip, self.source = backbone.model, source
-        self.text, self.vision = TextTower(self.clip), VisionTower(self.clip)
-        self._fixed_text = None
+        self.regularisers, self.adapters = nn.ModuleList(regularisers), nn.ModuleDict(adapters or {})
+        self.text, self.vision, self._fixed_text = TextTower(self.clip), VisionTower(self.clip), None
+        self._keep, self._kept = False, None                              # during prediction: encode the classes once
 
     @property
     def touches(self): return self.source.touches
     @property
     def scale(self): return self.clip.logit_scale.exp()
 
-    @torch.no_grad()
-    def prepare(self, images):
-        "uint8 images (B, 3, H, W) to whatever does not change in training: unit features (B, d), tokens (B, L, D), or pixels on the plain path."
-        pixels = self.backbone.pixels(images)
-        if not self.features_first: return pixels
+    def use_plain_path(self):
+        "Compute everything in every step, at full context length, as published code does."
+        self.features_first, self._fixed_text = False, None
+        return self
+
+    def lower_precision(self, dtype):
+        "Run a copy of the frozen towers in another precision; prompts, final features and losses stay in fp32."
+        scale, self.clip = self.clip.logit_scale.detach(), copy.deepcopy(self.clip).to(dtype)
+        self.clip.logit_scale.data = scale.clone()
+        self.backbone, self._fixed_text = replace(self.backbone, model=self.clip), None
+        self.text, self.vision = TextTower(self.clip), VisionTower(self.clip)
+        return self
+
+    def _finish(self, features, tower):
+        "A tower's output (N, d) through the method's adapter, if it has one, to unit length."
+        features = features.float()
+        return F.normalize(self.adapters[tower](features) if tower in self.adapters else features, dim=-1)
+
+# %% ../nbs/03_prompts.ipynb #d0ae3b7a
+class PromptedImages(PromptedTowers):
+    "The image side of a prompted CLIP."
+    def _pixels(self, images): return replace(self.backbone, model=self.clip).pixels(images)
+
+    def _tokens(self, pixels):
+        "Tokens (B, L, D) at the first block that prompts can change."
         hidden = self.vision.embed(pixels)
-        if "vision" not in self.touches: return F.normalize(run_tower(self.vision, hidden, []), dim=-1)
         for j in range(self.start): hidden = self.vision.block(j, self.vision.begin(hidden) if j == 0 else hidden)
         return hidden
 
+    @torch.no_grad()
+    def prepare(self, images):
+        "uint8 images (B, 3, H, W) to what does not change in training: features (B, d), tokens (B, L, D), or pixels on the plain path."
+        pixels = self._pixels(images)
+        if not self.features_first: return pixels
+        return self._tokens(pixels) if "vision" in self.touches else run_tower(self.vision, self.vision.embed(pixels), [])
+
     def image_features(self, prepared, prompts=None):
         "Unit features (B, d) of prepared images."
-        if self.features_first and "vision" not in self.touches: return prepared
-        if not self.features_first:
-            prepared = self.vision.embed(prepared)
-            for j in range(self.start): prepared = self.vision.block(j, self.vision.begin(prepared) if j == 0 else prepared)
-        vision = (prompts or self.source()).vision
-        return F.normalize(run_tower(self.vision, prepared, vision, start=self.start if vision else 0), dim=-1)
+        if self.features_first and "vision" not in self.touches: return self._finish(prepared, "vision")
+        tokens, vision = prepared if self.features_first else self._tokens(prepared), (prompts or self.source()).vision
+        return self._finish(run_tower(self.vision, tokens, vision, start=self.start), "vision")
 
+    @property
+    def image_teacher(self): return any(r.image_teacher for r in self.regularisers)
+
+    @torch.no_grad()
+    def frozen_features(self, prepared):
+        "Unit features (B, d) of prepared images without prompts and adapters."
+        if self.features_first and "vision" not in self.touches: return F.normalize(prepared.float(), dim=-1)
+        return F.normalize(run_tower(self.vision, prepared if self.features_first else self._tokens(prepared), [], start=self.start).float(), dim=-1)
+
+    def teach(self, images):
+        "Frozen features (B, d) of uint8 images, or None when no regulariser asks for them."
+        return self.frozen_features(self.prepare(images)) if self.image_teacher else None
+
+# %% ../nbs/03_prompts.ipynb #8e06c317
+class PromptedTexts(PromptedImages):
+    "The text side of a prompted CLIP."
     def text_features(self, prompts=None, texts=None):
         "Unit features of the classes: (C, d), or (B, C, d) when prompts depend on the image."
-        texts = texts or self.texts
+        if self._kept is not None: return self._kept
         fixed = self.features_first and "text" not in self.touches
-        if fixed and self._fixed_text is not None: return self._fixed_text
-        made = (prompts or self.source()).text
+        if fixed and self._fixed_text is not None: return self._finish(self._fixed_text, "text")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not fixed):
-            features = self._encode_texts(texts, made)
+            features = self._encode_texts(texts or self.texts, (prompts or self.source()).text)
         if fixed: self._fixed_text = features
+        features = self._finish(features, "text")
+        if self._keep and features.ndim == 2: self._kept = features
         return features
 
     def _encode_texts(self, texts, prompts):
-        "Encode every class once, or once per image when prompts have a batch dimension."
+        "Encode every class once, or once per image when prompts have a batch dimension; features are not normalised."
+        if not self.features_first: texts = texts.padded(self.backbone.context_length)
         device, count = self.clip.device, len(texts.names)
         tokens, slots, end = self.text.embed(texts.ids.to(device)), texts.slots.to(device), texts.end.to(device)
         batch = prompts[0].shape[0] if prompts and prompts[0].ndim == 4 else None
-        if batch is None: return F.normalize(run_tower(self.text, tokens, prompts, slots, end), dim=-1)
+        if batch is None: return self._text_tower(tokens, prompts, slots, end)
         repeat = lambda x: x.expand(batch, *x.shape).flatten(0, 1)
         flat = [p.expand(batch, count, -1, -1).flatten(0, 1) if p.ndim == 4 else p for p in prompts]
-        features = run_tower(self.text, repeat(tokens), flat, repeat(slots), repeat(end))
-        return F.normalize(features, dim=-1).unflatten(0, (batch, count))
+        return self._text_tower(repeat(tokens), flat, repeat(slots), repeat(end)).unflatten(0, (batch, count))
 
-# %% ../nbs/03_prompts.ipynb #2e4b89b3
-class PromptedCLIP(PromptedTowers):
+    def _text_tower(self, tokens, prompts, slots, end):
+        "All sequences at once, or in chunks whose activations are computed again in the backward pass."
+        if not 0 < self.text_chunk < len(tokens): return run_tower(self.text, tokens, prompts, slots, end)
+        def part(rows): return run_tower(self.text, tokens[rows], [p if p.ndim == 2 else p[rows] for p in prompts], slots[rows], end[rows])
+        again = torch.is_grad_enabled() and any(p.requires_grad for p in prompts)
+        chunks = [slice(k, k + self.text_chunk) for k in range(0, len(tokens), self.text_chunk)]
+        return torch.cat([checkpoint(part, rows, use_reentrant=False) if again else part(rows) for rows in chunks])
+
+# %% ../nbs/03_prompts.ipynb #e01d336c
+@dataclass
+class Outputs:
+    "One forward pass."
+    image: torch.Tensor        # (B, d) unit image features
+    text: torch.Tensor         # (C, d) or (B, C, d) unit text features
+    logits: torch.Tensor       # (B, C)
+    prompts: Prompts           # the prompts that made them
+    teacher: torch.Tensor = None  # (B, d) unit image features of the frozen tower, for regularisers that ask for them
+
+def similarity(image, text):
+    "Cosine of every image (B, d) with every class, (C, d) or (B, C, d): result (B, C)."
+    return image @ text.T if text.ndim == 2 else torch.einsum("bd,bcd->bc", image, text)
+
+class PromptedCLIP(PromptedTexts):
     "The classifier: logits, training loss, prediction. Every CLIP method of the course is one of these."
     def outputs(self, prepared):
         "Everything a loss may want, for prepared images."
@@ -297,6 +363,22 @@ class PromptedCLIP(PromptedTowers):
             image = self.image_features(prepared, prompts)
         text = self.text_features(prompts)
         return Outputs(image, text, self.scale * similarity(image, text), prompts)
+
+    def forward(self, prepared, labels, teacher=None):
+        "The training objective: a dictionary of named terms; `loss` is their sum. `teacher` (B, d) saves the frozen pass when it is known."
+        outputs = self.outputs(prepared)
+        self._check_teachers()
+        if self.image_teacher: outputs.teacher = self.frozen_features(prepared) if teacher is None else teacher
+        terms = {"cross entropy": F.cross_entropy(outputs.logits, labels), **{r.name: r(outputs) for r in self.regularisers}}
+        return {"loss": sum(terms.values()), **terms}
+
+    def _check_teachers(self):
+        "Raises ValueError when a teacher speaks of other classes, or of the same in another order."
+        for r in self.regularisers:
+            theirs = getattr(getattr(r, "teacher", None), "names", self.texts.names)
+            if theirs != self.texts.names:
+                odd = next((pair for pair in zip(theirs, self.texts.names) if pair[0] != pair[1]), (f"{len(theirs)} classes", f"{len(self.texts.names)} classes"))
+                raise ValueError(f"The teacher of '{r.name}' was built for other class names ('{odd[0]}' where the student has '{odd[1]}'): build it for the same names, in the same order.")
 
     def for_classes(self, names):
         "The same prompts for other class names: a view that shares every parameter (for evaluation)."
@@ -310,32 +392,30 @@ class PromptedCLIP(PromptedTowers):
         "Parameters of the source."
         return list(self.source.parameters())
 
-    def forward(self, prepared, labels):
-        "The training objective: a dictionary of named terms; `loss` is their sum."
-        outputs = self.outputs(prepared)
-        terms = {"cross entropy": F.cross_entropy(outputs.logits, labels), **{r.name: r(outputs) for r in self.regularisers}}
-        return {"loss": sum(terms.values()), **terms}
-
     @torch.no_grad()
     def predict(self, images, batch=128):
-        "Logits (N, C) for uint8 images (N, 3, H, W), in batches."
+        "Logits (N, C) for uint8 images (N, 3, H, W), in batches; the classes are encoded once."
         self.eval()
-        return torch.cat([self.outputs(self.prepare(images[k:k + batch])).logits.float().cpu() for k in range(0, len(images), batch)])
+        self._keep, self._kept = True, None
+        try: return torch.cat([self.outputs(self.prepare(images[k:k + batch])).logits.float().cpu() for k in range(0, len(images), batch)])
+        finally: self._keep, self._kept = False, None
 
-@dataclass
-class Outputs:
-    "One forward pass."
-    image: torch.Tensor        # (B, d) unit image features
-    text: torch.Tensor         # (C, d) or (B, C, d) unit text features
-    logits: torch.Tensor       # (B, C)
-    prompts: Prompts           # the prompts that made them
+# %% ../nbs/03_prompts.ipynb #2f6b8493
+def encode_sentences(
+    backbone: Backbone,        # frozen CLIP
+    sentences,                 # list of strings
+    chunk: int = 256,          # sentences at a time
+) -> torch.Tensor:             # (N, d) features, not normalised
+    "Features of whole sentences from the frozen text tower. Raises ValueError for one that is too long."
+    tower, features = TextTower(backbone.model), []
+    with torch.no_grad():
+        for k in range(0, len(sentences), chunk):
+            rows = backbone.tokenizer(list(sentences[k:k + chunk])).input_ids
+            texts = _pack(backbone, sentences[k:k + chunk], rows, [[]] * len(rows))
+            features.append(run_tower(tower, tower.embed(texts.ids.to(backbone.device)), [], None, texts.end.to(backbone.device)).float())
+    return torch.cat(features)
 
-def similarity(image, text):
-    "Cosine of every image (B, d) with every class, (C, d) or (B, C, d): result (B, C)."
-    return image @ text.T if text.ndim == 2 else torch.einsum("bd,bcd->bc", image, text)
-
-# %% ../nbs/03_prompts.ipynb #4a34f508
-class Teacher:
+class Teacher(nn.Module):
     "Class features of the frozen model, computed once per list of names."
     def __init__(self,
         backbone: Backbone,    # frozen CLIP
@@ -343,26 +423,29 @@ class Teacher:
         templates,             # one sentence with {}, or several to average
         raw_mean: bool = False,  # average features before (True) or after (False) scaling them to unit length
     ):
+        super().__init__()
         templates = [templates] if isinstance(templates, str) else list(templates)
         if not templates: raise ValueError("A teacher needs at least one template.")
-        self.names, tower = tuple(_check_names(names)), TextTower(backbone.model)
-        features = []
-        with torch.no_grad():
-            for template in templates:
-                texts = template_layout(backbone, self.names, template)
-                device = backbone.device
-                features.append(run_tower(tower, tower.embed(texts.ids.to(device)), [], None, texts.end.to(device)))
-            stack = torch.stack(features) if raw_mean else F.normalize(torch.stack(features), dim=-1)
-            self.text = F.normalize(stack.mean(0), dim=-1)               # (C, d)
+        self.names = tuple(_check_names(names))
+        stack = torch.stack([encode_sentences(backbone, [t.format(n) for n in self.names]) for t in templates])
+        mean = (stack if raw_mean else F.normalize(stack, dim=-1)).mean(0)
+        self.register_buffer("text", F.normalize(mean, dim=-1), persistent=False)    # (C, d); never saved: it can be computed again
 
-class TextConsistency:
+# %% ../nbs/03_prompts.ipynb #4d42a8f3
+class Regulariser(nn.Module):
+    "Base of terms added to the loss; called with Outputs, returns a scalar. A negative weight raises ValueError."
+    name, image_teacher, other_view = "regulariser", False, False
+    def __init__(self, weight: float):
+        super().__init__()
+        if weight < 0: raise ValueError(f"The weight of a penalty cannot be negative: {weight}.")
+        self.weight = weight
+
+class TextConsistency(Regulariser):
     "w · (1 − mean cosine of class features with the teacher's): KgCoOp's penalty, between 0 and 2 w."
     name = "text consistency"
     def __init__(self, weight: float, teacher: Teacher):
-        if weight < 0: raise ValueError(f"The weight of a penalty cannot be negative: {weight}.")
-        self.weight, self.teacher = weight, teacher
+        super().__init__(weight)
+        self.teacher = teacher
 
-    def __call__(self, outputs):
-        if outputs.text.shape[-2] != len(self.teacher.names):
-            raise ValueError(f"The student has {outputs.text.shape[-2]} classes, the teacher {len(self.teacher.names)}: build the teacher for the same class names.")
-        return self.weight * (1 - (outputs.text * self.teacher.text.to(outputs.text.device)).sum(-1).mean())
+    def forward(self, outputs):
+        return self.weight * (1 - (outputs.text * self.teacher.text).sum(-1).mean())

@@ -5,7 +5,7 @@ __all__ = ['SHAPES', 'SHAPE_COUNT', 'COLOURS', 'TEXTURES', 'SIZES', 'BACKGROUNDS
            'VOCABULARY', 'SYNONYMS', 'FRAMES', 'STYLE_FRAMES', 'BREEDS', 'LAND_USES', 'KINDS', 'DIRECTIONS', 'MIXTURE',
            'SUITE', 'ELEVEN', 'SHIFTED', 'SIZES_OF_SPLITS', 'Scenes', 'sample_scenes', 'render', 'Narrator', 'left_out',
            'apply_kind', 'pretraining_batch', 'DataSpec', 'Split', 'ImageData', 'draw_class', 'load_folder',
-           'load_data', 'few_shot', 'base_and_new']
+           'load_data', 'companions', 'few_shot', 'base_and_new']
 
 # %% ../nbs/01_universe.ipynb #8b63a25f
 import colorsys
@@ -566,15 +566,18 @@ SUITE = {spec.name: spec for spec in _specs()}
 ELEVEN = tuple(SUITE)[:11]                 # the base-to-new, few-shot and cross-dataset suite; `things` is the source
 SHIFTED = tuple(SUITE)[11:]                # domain generalisation: shifted versions of `things`
 
-# %% ../nbs/01_universe.ipynb #6044d6fa
+# %% ../nbs/01_universe.ipynb #a1930e31
 @dataclass(frozen=True)
 class Split:
     "Images and labels."
-    images: torch.Tensor       # (N, 3, H, W) uint8
+    images: torch.Tensor       # (N, 3, H, W) uint8, or a list of pictures that are read when they are indexed (promptbook.realdata)
     labels: torch.Tensor       # (N,) int64, an index into the classes
 
     def __len__(self): return len(self.labels)
-    def rows(self, index): return Split(self.images[index], self.labels[index])
+    def rows(self, index):
+        "Some of the images, by slice, list, tensor or mask; unread pictures stay unread."
+        lazy = hasattr(self.images, "rows")
+        return Split(self.images.rows(index) if lazy else self.images[index], self.labels[index])
 
 @dataclass(frozen=True)
 class ImageData:
@@ -598,8 +601,8 @@ class ImageData:
         lookup = torch.full((len(self.classes),), -1)
         lookup[torch.tensor(labels)] = torch.arange(len(labels))
         def cut(split):
-            keep = lookup[split.labels] >= 0
-            return Split(split.images[keep], lookup[split.labels[keep]])
+            kept = split.rows(lookup[split.labels] >= 0)
+            return Split(kept.images, lookup[kept.labels])
         return replace(self, classes=tuple(self.classes[k] for k in labels), train=cut(self.train), val=cut(self.val), test=cut(self.test))
 
 # %% ../nbs/01_universe.ipynb #03b2dc48
@@ -703,19 +706,42 @@ def _read_image(file, size):
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
 
-# %% ../nbs/01_universe.ipynb #c0a42aa1
+# %% ../nbs/01_universe.ipynb #e42ac7d4
+@lru_cache(maxsize=2)
+def _enlarged(name, size):
+    "A drawn data set or the digits at another size, bicubic, a few images at a time."
+    data = _drawn(name) if name in SUITE else _digits()
+    def scaled(split):
+        parts = [torch.nn.functional.interpolate(part.float(), size=(size, size), mode="bicubic").round().clamp(0, 255).to(torch.uint8) for part in split.images.split(128)]
+        return Split(torch.cat(parts), split.labels)
+    return replace(data, train=scaled(data.train), val=scaled(data.val), test=scaled(data.test))
+
 def load_data(
-    name: str,                 # a name of the suite, "digits", or a path to a folder of images
+    name: str,                 # a name of the suite, "digits", one of the fifteen real data sets, or a path to a folder of images
+    size: int = None,          # side of the images in pixels; None: 32, for real data sets 224
 ) -> ImageData:                # class names, template and three splits
     "Load a data set by name or path. Raises ValueError for an unknown name, with the closest known ones."
-    if name in SUITE: return _drawn(name)
-    if name == "digits": return _digits()
-    if str(name).startswith("folder:"): return load_folder(str(name)[7:])
-    if "/" in str(name) or Path(name).is_dir(): return load_folder(name)
-    close = difflib.get_close_matches(str(name), [*SUITE, "digits"], n=3)
+    if size is not None and (type(size) is not int or size < 1): raise ValueError(f"size is a number of pixels from 1 on, not {size!r}.")
+    if name in SUITE or name == "digits":
+        if size not in (None, CANVAS): return _enlarged(name, size)
+        return _drawn(name) if name in SUITE else _digits()
+    if str(name).startswith("folder:"): return load_folder(str(name)[7:], size=size or CANVAS)
+    from promptbook.realdata import REAL, load_real
+    if name in REAL: return load_real(name, size or 224)
+    if "/" in str(name) or Path(name).is_dir(): return load_folder(name, size=size or CANVAS)
+    close = difflib.get_close_matches(str(name), [*SUITE, "digits", *REAL], n=3)
     raise ValueError(f"No data set '{name}'" + (f"; did you mean {' or '.join(close)}?" if close else "") +
-                     f" Known: {', '.join([*SUITE, 'digits'])}, or a path to a folder with one sub-folder of images a class.")
+                     f" Known: {', '.join([*SUITE, 'digits'])}, the papers' {', '.join(REAL)}, or a path to a folder with one sub-folder of images a class.")
 
+def companions(
+    name: str,                 # the data set that a model was trained on
+) -> tuple:                    # (data sets of the cross-dataset protocol without it, the shifted versions): names
+    "The suite that a data set belongs to: the universe's or the papers'."
+    from promptbook.realdata import REAL, REAL_ELEVEN, REAL_SHIFTED
+    eleven, shifted = (REAL_ELEVEN, REAL_SHIFTED) if name in REAL else (ELEVEN, SHIFTED)
+    return tuple(n for n in eleven if n != name), shifted
+
+# %% ../nbs/01_universe.ipynb #b0b71461
 def few_shot(
     split: Split,              # where to draw from
     shots: int,                # images per class, at least 1
@@ -723,6 +749,7 @@ def few_shot(
 ) -> Split:                    # at most `shots` images per class, in a fixed order
     "Draw `shots` training images of every class (clip-baselines, protocols)."
     if shots < 1: raise ValueError(f"shots must be at least 1, not {shots}.")
+    if hasattr(split.images, "few_shot_rows"): return split.rows(split.images.few_shot_rows(split.labels, shots, seed))   # real data: the papers' own draw
     generator, rows = torch.Generator().manual_seed(seed), []
     for label in split.labels.unique().tolist():
         own = (split.labels == label).nonzero(as_tuple=True)[0]

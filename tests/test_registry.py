@@ -74,7 +74,7 @@ def test_features_first_is_exact(name, methods):
     for first in (True, False):
         method = build(name, load("tiny-clip"), DATA.classes, DATA.template, 0)
         if hasattr(method, "observe"): method.observe(SHOTS)
-        method.features_first = first
+        if not first: method.use_plain_path()
         loss = method(method.prepare(SHOTS.images), SHOTS.labels)["loss"]
         if trained(method): loss.backward()
         results.append((loss.item(), {n: p.grad for n, p in trained(method).items()}))
