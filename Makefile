@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "promptbook: a notebook-first course on prompt learning"
 	@echo ""
-	@echo "  make run    compare the classic methods of CLIP prompt learning: a table and a figure in minutes"
+	@echo "  make run    compare the methods of CLIP prompt learning: a table and a figure in minutes"
 	@echo "  make test   everything CI checks: export, notebooks, outputs, site links, unit tests"
 	@echo "  make lab    open JupyterLab at the first chapter"
 	@echo "  make site   build the site into _docs/ (needs Quarto)"

@@ -29,7 +29,7 @@ def _positive(text):
     if not text.isdigit() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
-# %% ../nbs/09_cli.ipynb #7a9ab413
+# %% ../nbs/09_cli.ipynb #e480fba7
 def _list(a):
     from promptbook import catalog
     answers = dict(setting(f) for f in a.filter)
@@ -66,6 +66,12 @@ def _ledger(a):
     if a.output: Path(a.output).write_text(text + "\n", encoding="utf-8"); print(f"ledger: {a.output}")
     else: print(text)
     return 0
+
+def _bench(a):
+    from promptbook import bench
+    table = bench.bench(a.backbone, a.methods, a.classes, a.batch, a.device, a.precision, a.compile or "", a.rounds, a.store or ex.results_folder() / "bench.jsonl",
+                        seconds=a.seconds, progress=not a.quiet)
+    print(bench.bench_text(table)); return 0
 
 def _pretrain(a):
     from promptbook import zoo
@@ -119,7 +125,7 @@ def _doctor(a):
     for name, fine, what in found: print(f"{'ok ' if fine else '!! '} {name:<22} {what}")
     return 0 if all(fine for _, fine, _ in found) else 1
 
-# %% ../nbs/09_cli.ipynb #6885a2bd
+# %% ../nbs/09_cli.ipynb #1e2bfe8d
 def parser() -> argparse.ArgumentParser:  # of the whole command line
     "All commands with their options."
     top = _Parser(prog="promptbook", description="Prompt learning, one notebook a family: list the papers, run methods, reproduce claims.")
@@ -149,20 +155,30 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     scale(add); add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of all arms, for example epochs=1; may be given several times")
     add = command("ledger", _ledger, "every claim: the paper's number, ours, verdict, cost")
     add("--markdown", action="store_true"); add("--output", metavar="FILE"); add("--results", metavar="FOLDER", help="default: the package's rows and ./results")
+    add = command("bench", _bench, "what a training step costs: real sizes, random weights, two paths that compute the same", [quiet])
+    add("--backbone", default="vit-b-16", help="vit-b-16, vit-b-32, vit-l-14 (random weights), zoo name, hub id or folder (default: vit-b-16)")
+    add("--methods", nargs="+", metavar="METHOD", help="default: every CLIP method"); add("--classes", type=_positive, default=100, metavar="N"); add("--batch", type=_positive, default=4, metavar="N", help="images a step (default: 4)")
+    add("--device", metavar="cpu|cuda"); add("--precision", choices=["fp32", "bf16"], default="fp32")
+    add("--compile", nargs="?", const="default", metavar="MODE", help="run torch.compile first, for example in the mode reduce-overhead")
+    add("--rounds", type=_positive, default=3, metavar="N", help="how often each step is timed (default: 3)"); add("--seconds", type=float, default=60., help="time for each method and path; slower ones are timed less often (default: 60)")
+    add("--store", metavar="FILE", help="default: results/bench.jsonl")
     add = command("pretrain", _pretrain, "remake a model of the zoo from its seed; goes on after a kill")
     add("name", metavar="NAME"); add("--output", metavar="FOLDER"); add("--steps", type=_positive); add("--seed", type=int); add("--device")
     add("--fresh", action="store_true", help="do not go on from a checkpoint")
     add = command("doctor", _doctor, "check versions, device, models, disk"); add("--repair", metavar="FILE", help="move damaged rows of a result file to FILE.corrupt")
     return top
 
-# %% ../nbs/09_cli.ipynb #73f4bc7e
+# %% ../nbs/09_cli.ipynb #a0163fec
 def main(
     argv: list = None,  # arguments; default: those of the command line
 ) -> int:  # exit code
     "Run one command."
     try: arguments = parser().parse_args(argv)
     except SystemExit as end: return end.code or 0
-    try: return arguments.function(arguments)
+    try:
+        code = arguments.function(arguments)
+        ex.end_processes()
+        return code
     except KeyboardInterrupt:
         print("\npromptbook: stopped. Finished rows are safe; the same command goes on from here.", file=sys.stderr); return 130
     except BrokenPipeError:                                           # `promptbook list | head`

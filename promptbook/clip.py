@@ -10,7 +10,7 @@ __all__ = ['ENSEMBLES', 'WORDS', 'FIT_FIELDS', 'OPTIONS', 'CLAIM', 'zero_shot', 
            'cross_dataset', 'domain_generalisation', 'check_harmonic', 'check_context_slots', 'check_penalty',
            'check_cache', 'check_counts']
 
-# %% ../nbs/20_clip.ipynb #ba1985e9
+# %% ../nbs/20_clip.ipynb #bebd66c8
 import math
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .experiment import Arm, Claim, Comparison, Experiment, protocol, register_claim, results_folder
-from .learn import METHODS, FitSettings, KeepBest, augment, build, fit, full_scale, method_spec, register, trained
+from .learn import METHODS, FitSettings, KeepBest, augment, build, fit, full_scale, method_spec, register, trained, training_views
 from .measure import accuracy, count_parameters, harmonic_mean
 from .prompts import (FreePrompts, ImageConditioned, Independent, Outputs, PromptedCLIP, Prompts, Source, Teacher, TextConsistency, context_layout,
                                 template_layout, word_embeddings)
+from .realdata import REAL, REAL_ELEVEN, REAL_SHIFTED
 from .universe import ELEVEN, SHIFTED, base_and_new, few_shot, load_data
 from .zoo import load
 
@@ -254,7 +255,7 @@ def vision_attention(method, images):
     if any(m is None for m in maps): raise ValueError("This backbone runs fused attention, which keeps no weights: load it with attn_implementation='eager'.")
     return maps
 
-# %% ../nbs/20_clip.ipynb #084c44a6
+# %% ../nbs/20_clip.ipynb #31dd1f3f
 class CacheReadout(TemplateEnsemble):
     "Tip-Adapter: a key-value cache of training features beside the zero-shot classifier."
     def __init__(self, backbone, classes, template, cache_size, train_keys, views):
@@ -272,8 +273,10 @@ class CacheReadout(TemplateEnsemble):
         "Fill the cache: one key per training image, the unit mean of its features over random crops (0 views: the image as it is)."
         self._allocate(len(train))
         generator = torch.Generator().manual_seed(0)
-        crops = [augment(train.images, generator, scale=(.5, 1.)) for _ in range(self.views)] or [train.images]
-        self.keys.copy_(F.normalize(sum(self.image_features(self.prepare(c)) for c in crops), dim=-1)); self.labels.copy_(train.labels)
+        tensor = isinstance(train.images, torch.Tensor)                  # pictures on disk bring their own crops
+        crops = ([augment(train.images, generator, scale=(.5, 1.)) for _ in range(self.views)] if tensor else training_views(train.images, "crop", self.views, 0)) or [train.images]
+        features = lambda c: torch.cat([self.image_features(self.prepare(c[k:k + 128])) for k in range(0, len(train), 128)])
+        self.keys.copy_(F.normalize(sum(features(c) for c in crops), dim=-1)); self.labels.copy_(train.labels)
         self.identity["settings"]["cache_size"] = len(train)
 
     def votes(self, image):
@@ -289,7 +292,8 @@ class CacheReadout(TemplateEnsemble):
     @torch.no_grad()
     def finish(self, val):
         "Choose alpha and beta on validation images; returns the table of accuracies tried, (beta, alpha)."
-        image, zero_shot = self.image_features(self.prepare(val.images)), super().outputs(self.prepare(val.images)).logits
+        prepared = self.prepare(val.images[:])
+        image, zero_shot = self.image_features(prepared), super().outputs(prepared).logits
         betas, alphas, scores = torch.linspace(1, 12, 12), torch.linspace(0, 20, 21), torch.zeros(12, 21)
         for i, beta in enumerate(betas):
             self.balance[1] = beta
@@ -330,7 +334,7 @@ def check_tip_adapter(backbone, classes, train):
     method(method.prepare(images), train.labels)["loss"].backward()
     assert all(p.grad is None for n, p in method.named_parameters() if n.startswith("clip.")) and method.keys.grad is not None
 
-# %% ../nbs/20_clip.ipynb #53de632e
+# %% ../nbs/20_clip.ipynb #d59f3db2
 FIT_FIELDS = {f.name for f in fields(FitSettings)}
 OPTIONS = {"shots": 16, "scale": "tiny", "select": "last"}             # settings of an experiment that belong to neither
 
@@ -357,7 +361,7 @@ def check_experiment(experiment):
 
 def data_of(experiment, name=None):
     "A data set at the picture size of the experiment's backbone."
-    return load_data(name or experiment.data)
+    return load_data(name or experiment.data, load(experiment.backbone).image_size)
 
 # %% ../nbs/20_clip.ipynb #e2a8433b
 def train_method(
@@ -394,7 +398,7 @@ def feature_shift(method, images) -> dict:
     shifts = (text - teacher).norm(dim=-1).mean().item(), (torch.cat(image) - torch.cat(frozen)).norm(dim=-1).mean().item()
     return {"text_shift": shifts[0], "vision_shift": shifts[1], "gap": abs(shifts[0] - shifts[1])}
 
-# %% ../nbs/20_clip.ipynb #29c2a82e
+# %% ../nbs/20_clip.ipynb #8299c605
 @protocol("base-to-new", check=check_experiment)
 def base_to_new(experiment, progress=None):
     "Train on the base half of the classes; test base images among base names, new images among new names."
@@ -414,23 +418,23 @@ def few_shot_protocol(experiment, progress=None):
 @lru_cache(maxsize=4)
 def _trained_on_source(experiment): return train_method(experiment, data_of(experiment))
 
-def _transfer(experiment, targets):
+def _transfer(experiment, universe, real):
     "Train once on the source; test on the targets with their own class names."
     method, about = _trained_on_source(replace(experiment, protocol="cross-dataset"))
-    scores = {name: score(method.for_classes(d.classes), d.test) for name in targets if name != experiment.data for d in [data_of(experiment, name)]}
+    scores = {name: score(method.for_classes(d.classes), d.test) for name in (real if experiment.data in REAL else universe) if name != experiment.data for d in [data_of(experiment, name)]}
     return {"source": score(method, data_of(experiment).test), **{f"on {n}": s for n, s in scores.items()}, "mean": sum(scores.values()) / len(scores), **about}
 
 @protocol("cross-dataset", check=check_experiment)
 def cross_dataset(experiment, progress=None):
     "Train on all classes of the source; test the frozen result on the other ten data sets with their class names."
-    return _transfer(experiment, ELEVEN)
+    return _transfer(experiment, ELEVEN, REAL_ELEVEN)
 
 @protocol("domain-generalisation", check=check_experiment)
 def domain_generalisation(experiment, progress=None):
     "The same training; test on four shifted versions of the source, two of which use only their own half of the class names."
-    return _transfer(experiment, SHIFTED)
+    return _transfer(experiment, SHIFTED, REAL_SHIFTED)
 
-# %% ../nbs/20_clip.ipynb #6d071dae
+# %% ../nbs/20_clip.ipynb #af12dc8b
 _readme = "MaPLe repository README"
 CLAIM = register_claim(Claim(
     "clip-baselines", "clip-baselines",
@@ -454,7 +458,8 @@ CLAIM = register_claim(Claim(
                 "The world was shaped, with other seeds, until CoOp showed the trade-off; training lengths were set for running time.", "Learning rates chosen from three per arm on base-class validation images.",
                 "Batches are larger and epochs differ from the published ones (see the chapter).", "Crops keep at least 70 % of the image; no mirroring.", "ProDA follows the paper; its numbers are not confirmed."],
     quick=dict(data=["flowers", "shapes", "textures", "digits"], arms=["zero-shot", "CoOp", "CoCoOp", "KgCoOp", "VPT", "IVLP"], seeds=2,
-               settings={"CoCoOp": {"epochs": 2}, "VPT": {"epochs": 6}, "IVLP": {"epochs": 6}})))
+               settings={"CoCoOp": {"epochs": 2}, "VPT": {"epochs": 6}, "IVLP": {"epochs": 6}},
+               more=[Arm("MaPLe", "maple", {"lr": .02}), Arm("PromptSRC", "promptsrc", {"lr": .02})])))      # of the next chapter
 
 # %% ../nbs/20_clip.ipynb #40f9165e
 def check_harmonic(answer):

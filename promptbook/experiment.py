@@ -4,15 +4,15 @@
 __all__ = ['PROTOCOLS', 'CHAPTERS', 'ROW_FIELDS', 'MIN_SEEDS', 'DERIVED', 'CLAIMS', 'PILLS', 'FULL_BACKBONE', 'unknown_name',
            'canonical', 'Experiment', 'Protocol', 'protocol', 'find_protocol', 'load_chapters', 'StoreError',
            'set_aside', 'rows_frame', 'Store', 'folder_fingerprint', 'data_fingerprint', 'backbone_hash',
-           'is_main_process', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim', 'register_claim',
-           'find_claim', 'select', 'tune', 'results_folder', 'shipped_folder', 'chosen_settings', 'seed_values',
-           'evaluate', 'Evaluation', 'data_name', 'full_arm', 'full_scale_claim', 'variant', 'reproduce', 'Ledger',
-           'ledger']
+           'is_main_process', 'end_processes', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim',
+           'register_claim', 'find_claim', 'select', 'tune', 'results_folder', 'shipped_folder', 'chosen_settings',
+           'seed_values', 'evaluate', 'Evaluation', 'data_name', 'full_arm', 'full_scale_claim', 'variant', 'reproduce',
+           'Ledger', 'ledger']
 
-# %% ../nbs/06_experiment.ipynb #32596c9b
+# %% ../nbs/06_experiment.ipynb #7abeccc1
 import contextlib, hashlib, html, importlib, importlib.metadata, importlib.util, itertools, json, math, multiprocessing, os, platform, signal, sys, threading, time, traceback, warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from functools import lru_cache
@@ -381,7 +381,7 @@ def _execute(experiment, progress=None, tuning=None):
             "threads": torch.get_num_threads(), "processes": _processes(), "seconds": round(seconds, 4), "peak_memory_mb": memory.megabytes and round(memory.megabytes, 1),
             "peak_memory_of": memory.of, "started": started, "data_fingerprint": data_fingerprint(experiment.data), "backbone_hash": backbone_hash(experiment.backbone)}
 
-# %% ../nbs/06_experiment.ipynb #5fade0db
+# %% ../nbs/06_experiment.ipynb #e127bbba
 def _processes() -> int:  # how many processes run this program together
     "Number of processes that `accelerate launch` (or torchrun) started for this program."
     return int(os.environ.get("WORLD_SIZE", "1") or 1)
@@ -402,6 +402,10 @@ def _agreed(function):
     value, error = broadcast_object_list(answer)
     if error is not None: raise error
     return value
+
+def end_processes():
+    "At the end of a program: leave the group of processes in order."
+    if _processes() > 1 and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def _open(store):
     "A Store for a path; only the main process may repair and write."
@@ -440,7 +444,7 @@ def run(
         row = _agreed(lambda: made if store is None else store.append(made))
     return row
 
-# %% ../nbs/06_experiment.ipynb #70a6dbff
+# %% ../nbs/06_experiment.ipynb #17c4b497
 class SweepError(RuntimeError):
     "Some experiments of a sweep failed; the others are finished and stored. `.failures` holds (experiment, traceback) pairs."
     def __init__(self, failures, finished):
@@ -456,6 +460,7 @@ def _attempt(experiment, modules=None, tuning=None):
     "Run one experiment without storing: (row, None) or (None, traceback). A worker first imports `modules`."
     try:
         for module in modules or (): importlib.import_module(module)
+        if modules is not None: load_chapters()                       # a protocol may train the methods of every chapter
         if modules is not None and not _knows(experiment.protocol):
             raise ValueError(f"A worker does not know the protocol {experiment.protocol!r}: workers see importable modules only, so move it out of the notebook, or use workers=0.")
         return _execute(experiment, None, tuning), None
@@ -468,7 +473,7 @@ def _modules(todo):
     "Modules that workers must import so that the protocols are registered there."
     return sorted({PROTOCOLS[e.protocol].function.__module__ for e in todo} - {"__main__"})
 
-# %% ../nbs/06_experiment.ipynb #810c4735
+# %% ../nbs/06_experiment.ipynb #1df571a8
 def sweep(
     experiments,  # iterable of Experiment; repeated ones run once
     store=None,  # a Store or a path; None: rows live only in the returned frame
@@ -477,6 +482,8 @@ def sweep(
     tuning: str = None,  # how the settings were chosen, kept in every row
 ) -> pd.DataFrame:  # rows of all asked experiments, in their order; metrics are columns
     "Run what is not in the store yet. Raises SweepError at the end if some failed."
+    if _processes() > 1 and str(workers) != "0":
+        raise ValueError(f"Under `accelerate launch` all {_processes()} processes work on one experiment at a time: use workers=0, or start the command without `accelerate launch`.")
     store = _open(store)
     asked = list(dict.fromkeys(experiments))
     for e in asked:
@@ -583,18 +590,16 @@ def _ray_workers(todo, count, tuning):
         else:
             for task_id in waiting: ray.cancel(task_id)
 
-# %% ../nbs/06_experiment.ipynb #2ce561ca
+# %% ../nbs/06_experiment.ipynb #574c4364
 def _start(todo, workers, tuning):
     "The generator of results for a `workers` argument."
     kind, _, count = str(workers).partition(":")
-    if _processes() > 1 and str(workers) != "0":
-        raise ValueError(f"Under `accelerate launch` all {_processes()} processes work on one experiment at a time: use workers=0, or start the command without `accelerate launch`.")
     if kind == "ray" and (not count or count.isdigit() and int(count)):
         return _ray_workers(todo, int(count) if count else None, tuning)
     if not kind.isdigit() or count: raise ValueError(f'workers is 0 (this process), a number of local processes, "ray" or "ray:N", got {workers!r}.')
     return _local_workers(todo, int(kind), tuning) if int(kind) and todo else _in_process(todo, tuning)
 
-# %% ../nbs/06_experiment.ipynb #d8ac1e4c
+# %% ../nbs/06_experiment.ipynb #ffb83d35
 @dataclass(frozen=True)
 class Arm:
     "One contestant: a method with its settings."
@@ -602,7 +607,7 @@ class Arm:
     method: str  # name in the method registry
     settings: dict = field(default_factory=dict)  # changes to the method's defaults
     grid: dict = None  # setting -> list of candidates, for `tune`; None: nothing to choose
-    full: dict = None  # settings at full scale instead of `settings`; None: the same
+    full: dict = None  # settings at full scale; None: `settings` without those of training
 
     def points(self) -> list:  # settings dictionaries, in order
         "All combinations of the grid; a single empty one without a grid."
@@ -622,7 +627,7 @@ class Comparison:
 MIN_SEEDS = 5                                                        # below this, no verdict
 DERIVED = {"hm": (harmonic_mean, ("base", "new"))}                   # metric -> (function, its arguments): computed from averages over data sets
 
-# %% ../nbs/06_experiment.ipynb #45675b40
+# %% ../nbs/06_experiment.ipynb #67516e0f
 @dataclass(frozen=True)
 class Claim:
     "A paper's statement as an experiment that could refute it."
@@ -638,7 +643,7 @@ class Claim:
     reported: list = ()  # dicts with what, number, source; with arm and metric, too, the number is shown beside ours
     departures: list = ()  # sentences: where we differ from the paper
     backbone: str = "tiny-clip"  # zoo name, hub id or folder
-    quick: dict = None  # data, arms (names), seeds, settings (for all arms, or arm name -> settings) of the small variant
+    quick: dict = None  # the small variant: data, arms (names), seeds, settings (for all arms, or arm name -> settings), more (further Arms, of other chapters)
     tuning_seeds: list = (101, 102)  # for choosing settings; never those of the claim
     tuning_metric: str = None  # validation metric, its name begins with "val"
     tuning_data: list = None  # data sets for choosing settings; default: all of the claim's
@@ -653,8 +658,9 @@ class Claim:
             verdict(Interval(0, 0, 0, 1), c.expected, c.margin)      # raises for an unknown direction
         shared = set(self.seeds) & set(self.tuning_seeds)
         if shared: raise ValueError(f"Claim {self.id!r}: seeds {sorted(shared)} are used for tuning and for the claim; settings must be chosen on other seeds.")
-        wrong = set(self.quick or {}) - {"data", "arms", "seeds", "settings"}
-        if wrong: raise unknown_name("entry of quick", wrong.pop(), ["data", "arms", "seeds", "settings"])
+        known = ("data", "arms", "seeds", "settings", "more")
+        wrong = set(self.quick or {}) - set(known)
+        if wrong: raise unknown_name("entry of quick", wrong.pop(), known)
 
     def experiments(self) -> list:  # of (arm name, Experiment)
         "Every run that the claim asks for, data set by data set."
@@ -897,7 +903,7 @@ def _html_table(frame):
     body = "".join("<tr>" + "".join(cell(v, c) for c, v in zip(frame, r)) + "</tr>" for r in frame.values.tolist())
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse;background:transparent;color:inherit"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/06_experiment.ipynb #9676449f
+# %% ../nbs/06_experiment.ipynb #2d453179
 def data_name(
     text: str,  # a data set name, "folder:PATH", or the path of a folder of images
 ) -> str:  # a data set name, or "folder:PATH"
@@ -912,25 +918,26 @@ FULL_BACKBONE = "openai/clip-vit-base-patch16"                       # the backb
 def full_arm(
     arm: Arm,  # an arm of a claim
 ) -> Arm:  # with the settings it has at full scale
-    "An arm at full scale: what it changes stays, training settings come from the paper. ValueError if the arm does not say what its training settings are there."
-    from dataclasses import fields
+    "An arm at full scale: `full` if it has one, else its settings without those of training (rate, epochs, batch, ...), which were chosen for the tiny world."
     from promptbook.learn import FitSettings
-    tuned = set(arm.settings) & {f.name for f in fields(FitSettings)}
-    if arm.full is None and tuned:
-        raise ValueError(f"Arm {arm.name!r} sets {', '.join(sorted(tuned))} for the tiny scale and does not say what to use at full scale: give it full={{...}}.")
-    return replace(arm, settings={**(arm.settings if arm.full is None else arm.full), "scale": "full"}, grid=None)
+    training = {f.name for f in fields(FitSettings)}
+    settings = arm.full if arm.full is not None else {k: v for k, v in arm.settings.items() if k not in training}
+    return replace(arm, settings={**settings, "scale": "full"}, grid=None)
 
 def full_scale_claim(
     claim: Claim,  # a claim at tiny scale
     backbone: str = None,  # hub id or folder; default: ViT-B/16
 ) -> Claim:  # the same at full scale
-    "A claim on real photographs and a real model: the papers' data sets in the place of the universe's, published settings."
+    "A claim on real photographs and a real model: the papers' data sets in the place of the universe's, published settings. ValueError if two arms would be the same."
     from promptbook.realdata import REAL
-    real = {spec.counterpart: name for name, spec in REAL.items()}
-    return replace(claim, arms=[full_arm(a) for a in claim.arms], backbone=backbone or FULL_BACKBONE, data=[real.get(d, d) for d in claim.data],
+    real, arms = {spec.counterpart: name for name, spec in REAL.items()}, [full_arm(a) for a in claim.arms]
+    for a, b in itertools.combinations(arms, 2):
+        if (a.method, canonical(a.settings)) == (b.method, canonical(b.settings)):
+            raise ValueError(f"Arms {a.name!r} and {b.name!r} of claim {claim.id!r} differ by training settings of the tiny scale only: say what they are at full scale with full={{...}}.")
+    return replace(claim, arms=arms, backbone=backbone or FULL_BACKBONE, data=[real.get(d, d) for d in claim.data],
                    quick=claim.quick and {k: [real.get(d, d) for d in v] if k == "data" else v for k, v in claim.quick.items() if k != "settings"})
 
-# %% ../nbs/06_experiment.ipynb #5a33258c
+# %% ../nbs/06_experiment.ipynb #2d87eb51
 def variant(
     claim: Claim,  # the full claim
     quick: bool = False,  # take its small variant
@@ -952,6 +959,7 @@ def variant(
         if name not in [a.name for a in claim.arms]: raise unknown_name(f"arm of claim {claim.id!r}", name, [a.name for a in claim.arms])
     extra = small.get("settings", {}); by_arm = bool(extra) and all(isinstance(v, dict) for v in extra.values())
     arms = [replace(a, settings=a.settings | (chosen or {}).get(a.name, {}) | (extra.get(a.name, {}) if by_arm else extra) | (settings or {})) for a in claim.arms if a.name in kept]
+    arms += [replace(a, settings=a.settings | (settings or {})) for a in map(full_arm if scale == "full" else lambda arm: arm, small.get("more", []))]
     seeds = seeds if seeds is not None else small.get("seeds", list(claim.seeds))
     if isinstance(seeds, int):
         if seeds < 1: raise ValueError(f"At least one seed is needed, got {seeds}.")

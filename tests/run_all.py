@@ -40,7 +40,8 @@ def main(names):
     for name, code, seconds in results:
         print(f"{'ok  ' if code == 0 else 'FAIL'} {name:10s} {seconds:7.1f} s")
     failed = [name for name, code, _ in results if code]
-    print(f"failed: {', '.join(failed)}. Repeat one with: python tests/run_all.py {failed[0]}" if failed else "all fine")
+    if failed: print(f"failed: {', '.join(failed)}. Repeat one with: python tests/run_all.py {failed[0]}")
+    print(f"steps: {len(results) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
 

@@ -58,7 +58,7 @@ def test_list_and_show(capsys):
 def test_run_prints_and_stores_one_experiment(capsys, tmp_path):
     words = ["run", "good", "--data", "numbers", "--protocol", "test-toy", "--backbone", "none", "--seed", "3", "--sampling-seed", "4", "--set", "lr=0.5", "--set", "position=end", "--quiet"]
     code, out, _ = call(capsys, *words)
-    assert code == 0 and "base            68.00" in out
+    assert code == 0 and "base                68.00" in out
     row, = Store("results/runs.jsonl").rows()
     assert row["settings"] == {"lr": 0.5, "position": "end"} and (row["seed"], row["sampling_seed"]) == (3, 4)
     assert call(capsys, *words)[0] == 0 and len(Store("results/runs.jsonl")) == 1
