@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['RARE', 'PATHS', 'CLIP_CHAPTERS', 'SAME_RUN', 'class_names', 'Step', 'full_settings', 'bench_steps', 'gaps', 'Count',
-           'count_step', 'tower_flops', 'tower_memory', 'text_memory', 'bench_memory', 'bench_methods', 'bench',
-           'bench_rows', 'bench_table', 'bench_text', 'bench_figure']
+           'count_step', 'tower_flops', 'tower_memory', 'text_memory', 'bench_methods', 'bench', 'bench_rows',
+           'bench_table', 'bench_memory', 'bench_text', 'bench_figure', 'memory_table']
 
-# %% ../nbs/09_bench.ipynb #72de72f4
+# %% ../nbs/09_bench.ipynb #f03134d7
 import contextlib
 import copy
 import importlib
@@ -20,6 +20,7 @@ from itertools import chain, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class Step:
         "Loss and gradients of the last call."
         return [self.value.double(), *(torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self.parameters)]
 
-# %% ../nbs/09_bench.ipynb #6c64c439
+# %% ../nbs/09_bench.ipynb #b6bfd89e
 def full_settings(
     name: str,                 # a registered method
     classes: int,              # number of classes
@@ -127,6 +128,7 @@ def bench_steps(
     settings: dict = None,     # the method's own settings; default: as published
 ) -> dict:                     # path -> Step
     "A method's training step on each path, sharing parameters, images and labels."
+    ex.load_chapters()
     method = build(name, backbone, class_names(classes), **full_settings(name, classes, backbone, **(settings or {}))).to(backbone.device).train()
     if hasattr(method, "keys"): _fill_cache(method, classes)
     generator, size = torch.Generator().manual_seed(0), backbone.image_size
@@ -229,42 +231,6 @@ def text_memory(
     if not chunk or chunk >= classes: return one(classes)
     return one(chunk) + classes * tokens * config.hidden_size * (4 if precision == "fp32" else 2)
 
-# %% ../nbs/09_bench.ipynb #db1e65b5
-def bench_memory(
-    method: str = "maple",     # a registered method
-    backbone="vit-b-16",       # as for `bench`
-    classes: int = 1000,       # number of classes
-    batch: int = 4,            # images a step
-    precision: str = "bf16",   # "fp32" or "bf16"
-    chunk: int = 0,            # classes at a time; 0: all at once
-    path: str = "features first",  # or "plain"
-    device: str = None,        # "cpu" or "cuda"; default: cuda where there is one
-    store=None,                # Store or path for the row
-    settings: dict = None,     # the method's settings that replace the published ones
-    seconds: float = 60.,      # no second step after so many seconds
-) -> dict:                     # the row; its metrics: step_mb, total_mb, formula_mb (text tower), tokens, ms
-    "Train two steps and see how much memory they need; a failure, such as too little of it, becomes a note in the row."
-    _check_bench([method], batch, device, precision, 0, [path])
-    device, backbone = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), _backbone(backbone)
-    backbone.model.to(device)
-    row = {"key": uuid.uuid4().hex[:12], "kind": "memory", "method": method, "backbone": backbone.name, "classes": classes, "batch": batch, "precision": precision, "chunk": chunk, "path": path, **_circumstances(device)}
-    row["metrics"] = found = {"note": ""}
-    try:
-        step = bench_steps(method, backbone, classes, batch, precision, [path], settings)[path]
-        step.method.text_chunk = chunk
-        found |= {"tokens": int(step.length), "formula_mb": text_memory(backbone, classes, step.length, precision, chunk) / 2 ** 20}
-        first = _timed(lambda: found.update(step_mb=peak_memory(step, device.type) / 2 ** 20), device)
-        if device.type == "cuda": found["total_mb"] = torch.cuda.max_memory_allocated(device) / 2 ** 20
-        found["ms"] = 1000 * (_timed(step, device) if first < seconds else first)
-    except Exception as error: found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    if store is not None: (store if isinstance(store, ex.Store) else ex.Store(store)).append(row)
-    return row
-
-def _circumstances(device):
-    "Where and with what a row was measured."
-    return {"versions": ex._versions(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-
 # %% ../nbs/09_bench.ipynb #d2f1cbf5
 def bench_methods() -> list:  # names
     "Every CLIP method once; methods that only differ in their training length count as one."
@@ -331,7 +297,12 @@ def _take_turns(steps, device, rounds, seconds, bar):
             step.preparing.append(None if late else _timed(step.prepare, device))
             bar()
 
-# %% ../nbs/09_bench.ipynb #e862f9a1
+# %% ../nbs/09_bench.ipynb #f4c5cfdb
+def _circumstances(device):
+    "Where and with what a row was measured."
+    return {"versions": ex._versions(), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores", "started": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
 def _note_gaps(steps):
     "Write the gaps of the two paths into both, and forget the gradients."
     loss, gradient = gaps(*(steps[path].last for path in PATHS))
@@ -393,21 +364,22 @@ def _check_bench(methods, batch, device, precision, rounds, paths):
     for name in methods or []: method_spec(name)
     return list(methods or known)
 
-# %% ../nbs/09_bench.ipynb #aa3c602a
+# %% ../nbs/09_bench.ipynb #38fc8345
 SAME_RUN = ["backbone", "classes", "batch", "precision", "compiled", "device", "machine", "threads"]
 
 def bench_rows(
     store=None,                # rows, a Store, a path, or None: bench*.jsonl of the package and of ./results
+    kind: str = "bench",       # "bench" or "memory"
 ) -> list:                     # of dict, the latest run of each measurement
-    "Rows of `bench`; of two runs of the same measurement the later one."
+    "Rows of `bench` or `bench_memory`; of two runs of the same measurement the later one."
     if store is None:
         files = [f for folder in (ex.shipped_folder(), ex.results_folder()) for f in sorted(Path(folder).glob("bench*.jsonl"))]
         rows = [row for f in files for row in ex.Store(f, read_only=True).rows()]
     else: rows = store if isinstance(store, list) else (store if isinstance(store, ex.Store) else ex.Store(store, read_only=True)).rows()
-    rows = [row for row in rows if row.get("kind") == "bench"]
-    what = lambda row: (row["method"], *(row[name] for name in SAME_RUN))
-    latest = {what(row): row["run"] for row in sorted(rows, key=lambda row: row["started"])}
-    return [row for row in rows if latest[what(row)] == row["run"]]
+    rows = [row for row in rows if row.get("kind") == kind]
+    what = lambda row: (row["method"], row["path"] if kind == "memory" else "", *(row.get(name) for name in (*SAME_RUN, "chunk")))
+    latest = {what(row): row.get("run", row["key"]) for row in sorted(rows, key=lambda row: row["started"])}
+    return [row for row in rows if latest[what(row)] == row.get("run", row["key"])]
 
 def bench_table(
     store=None,                # as for `bench_rows`
@@ -442,6 +414,37 @@ def _side_by_side(paths):
             **{f"peak MB, {p}": m.get("peak_mb") for p, m in zip(PATHS, (first, plain))}, "loss gap": either.get("loss_gap"), "gradient gap": either.get("gradient_gap"),
             "compile s": first.get("compile_s"), "note": "; ".join([*sorted(notes), *(f"{p}: one run, not warmed up" for p in sorted(once))])}
 
+# %% ../nbs/09_bench.ipynb #01c9912e
+def bench_memory(
+    method: str = "maple",     # a registered method
+    backbone="vit-b-16",       # as for `bench`
+    classes: int = 1000,       # number of classes
+    batch: int = 4,            # images a step
+    precision: str = "bf16",   # "fp32" or "bf16"
+    chunk: int = 0,            # classes at a time; 0: all at once
+    path: str = "features first",  # or "plain"
+    device: str = None,        # "cpu" or "cuda"; default: cuda where there is one
+    store=None,                # Store or path for the row
+    settings: dict = None,     # the method's settings that replace the published ones
+    seconds: float = 60.,      # no second step after so many seconds
+) -> dict:                     # the row; its metrics: step_mb, total_mb, formula_mb (text tower), tokens, ms
+    "Train two steps and see how much memory they need; a failure, such as too little of it, becomes a note in the row."
+    _check_bench([method], batch, device, precision, 0, [path])
+    device, backbone = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), _backbone(backbone)
+    backbone.model.to(device)
+    row = {"key": (run := uuid.uuid4().hex[:12]), "run": run, "kind": "memory", "method": method, "backbone": backbone.name, "classes": classes, "batch": batch, "precision": precision, "chunk": chunk, "path": path, **_circumstances(device)}
+    row["metrics"] = found = {"note": ""}
+    try:
+        step = bench_steps(method, backbone, classes, batch, precision, [path], settings)[path]
+        step.method.text_chunk = chunk
+        found |= {"tokens": int(step.length), "formula_mb": text_memory(backbone, classes, step.length, precision, chunk) / 2 ** 20}
+        first = _timed(lambda: found.update(step_mb=peak_memory(step, device.type) / 2 ** 20), device)
+        if device.type == "cuda": found["total_mb"] = torch.cuda.max_memory_allocated(device) / 2 ** 20
+        found["ms"] = 1000 * (_timed(step, device) if first < seconds else first)
+    except Exception as error: found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    if store is not None: (store if isinstance(store, ex.Store) else ex.Store(store)).append(row)
+    return row
+
 # %% ../nbs/09_bench.ipynb #a31b02fa
 def bench_text(
     table: pd.DataFrame,       # from `bench` or `bench_table`
@@ -473,3 +476,14 @@ def bench_figure(
         ax.set_xlim(table["ms, features first"].min() / 1.6, table["ms, plain"].max() * 2.2)
         ax.grid(axis="y", visible=False); ax.legend(loc="upper right", frameon=False)
     return ax
+
+# %% ../nbs/09_bench.ipynb #10815f04
+def memory_table(
+    store=None,                # as for `bench_rows`
+) -> pd.DataFrame:             # one row a measurement
+    "What `bench_memory` measured, in gigabytes (10^9 bytes)."
+    rows = bench_rows(store, kind="memory")
+    found = [{**{k: row[k] for k in ("device", "precision", "classes", "batch", "method")}, "tokens": m.get("tokens"), "chunk": row["chunk"] or "all at once",
+              **{f"{k} (GB)": m[f"{v}_mb"] * 2 ** 20 / 1e9 if m.get(f"{v}_mb") else None for k, v in (("text formula", "formula"), ("step", "step"), ("everything", "total"))},
+              "ms/step": m.get("ms"), "note": m["note"]} for row in rows for m in [row["metrics"]]]
+    return pd.DataFrame(found)

@@ -77,7 +77,7 @@ def _pretrain(a):
     from promptbook import zoo
     print(zoo.pretrain(a.name, output=a.output, steps=a.steps, seed=a.seed, device=a.device, resume=not a.fresh)); return 0
 
-# %% ../nbs/09_cli.ipynb #fc1c0f64
+# %% ../nbs/09_cli.ipynb #bf3a9f26
 def examine(
     results=None,  # folder for results; default: results
 ) -> list:  # of (name, fine, what was found)
@@ -89,7 +89,7 @@ def examine(
         except importlib.metadata.PackageNotFoundError: found.append((name, False, "missing: pip install promptbook"))
     for name in ("peft", "diffusers", "datasets", "ray"):
         try: found.append((name, True, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError: found.append((name, True, f'not installed, optional: pip install "promptbook[{name}]"'))
+        except importlib.metadata.PackageNotFoundError: found.append((name, True, "not installed, optional: pip install " + {"datasets": '"promptbook[full]"', "ray": '"promptbook[ray]"'}.get(name, name)))
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu (enough for everything at tiny scale)"
     found += [("device", True, device), ("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
     return found + _zoo_state() + _folder_state(Path(results or ex.results_folder()))

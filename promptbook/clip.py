@@ -10,7 +10,7 @@ __all__ = ['ENSEMBLES', 'WORDS', 'FIT_FIELDS', 'OPTIONS', 'CLAIM', 'zero_shot', 
            'cross_dataset', 'domain_generalisation', 'check_harmonic', 'check_context_slots', 'check_penalty',
            'check_cache', 'check_counts']
 
-# %% ../nbs/20_clip.ipynb #bebd66c8
+# %% ../nbs/20_clip.ipynb #63cefc6b
 import math
 from dataclasses import fields, replace
 from functools import lru_cache
@@ -24,8 +24,7 @@ from .learn import METHODS, FitSettings, KeepBest, augment, build, fit, full_sca
 from .measure import accuracy, count_parameters, harmonic_mean
 from .prompts import (FreePrompts, ImageConditioned, Independent, Outputs, PromptedCLIP, Prompts, Source, Teacher, TextConsistency, context_layout,
                                 template_layout, word_embeddings)
-from .realdata import REAL, REAL_ELEVEN, REAL_SHIFTED
-from .universe import ELEVEN, SHIFTED, base_and_new, few_shot, load_data
+from .universe import ELEVEN, base_and_new, companions, few_shot, load_data
 from .zoo import load
 
 # %% ../nbs/20_clip.ipynb #805f14b0
@@ -398,7 +397,7 @@ def feature_shift(method, images) -> dict:
     shifts = (text - teacher).norm(dim=-1).mean().item(), (torch.cat(image) - torch.cat(frozen)).norm(dim=-1).mean().item()
     return {"text_shift": shifts[0], "vision_shift": shifts[1], "gap": abs(shifts[0] - shifts[1])}
 
-# %% ../nbs/20_clip.ipynb #8299c605
+# %% ../nbs/20_clip.ipynb #60f7be68
 @protocol("base-to-new", check=check_experiment)
 def base_to_new(experiment, progress=None):
     "Train on the base half of the classes; test base images among base names, new images among new names."
@@ -418,21 +417,21 @@ def few_shot_protocol(experiment, progress=None):
 @lru_cache(maxsize=4)
 def _trained_on_source(experiment): return train_method(experiment, data_of(experiment))
 
-def _transfer(experiment, universe, real):
+def _transfer(experiment, targets):
     "Train once on the source; test on the targets with their own class names."
     method, about = _trained_on_source(replace(experiment, protocol="cross-dataset"))
-    scores = {name: score(method.for_classes(d.classes), d.test) for name in (real if experiment.data in REAL else universe) if name != experiment.data for d in [data_of(experiment, name)]}
+    scores = {name: score(method.for_classes(d.classes), d.test) for name in targets for d in [data_of(experiment, name)]}
     return {"source": score(method, data_of(experiment).test), **{f"on {n}": s for n, s in scores.items()}, "mean": sum(scores.values()) / len(scores), **about}
 
 @protocol("cross-dataset", check=check_experiment)
 def cross_dataset(experiment, progress=None):
     "Train on all classes of the source; test the frozen result on the other ten data sets with their class names."
-    return _transfer(experiment, ELEVEN, REAL_ELEVEN)
+    return _transfer(experiment, companions(experiment.data)[0])
 
 @protocol("domain-generalisation", check=check_experiment)
 def domain_generalisation(experiment, progress=None):
     "The same training; test on four shifted versions of the source, two of which use only their own half of the class names."
-    return _transfer(experiment, SHIFTED, REAL_SHIFTED)
+    return _transfer(experiment, companions(experiment.data)[1])
 
 # %% ../nbs/20_clip.ipynb #af12dc8b
 _readme = "MaPLe repository README"

@@ -324,11 +324,11 @@ def data_fingerprint(
     from promptbook.realdata import REAL, fingerprint
     return fingerprint(data) if data in REAL else folder_fingerprint(data)
 
-# %% ../nbs/06_experiment.ipynb #a7bd7815
+# %% ../nbs/06_experiment.ipynb #cf206ee3
 def _weight_files(backbone):
     "The safetensors files of a backbone that are on this disk."
-    from promptbook.zoo import ZOO
-    for folder in (ZOO / backbone, Path(backbone)):
+    zoo = Path(importlib.import_module("promptbook").__file__).parent / "zoo_models"      # importing the zoo itself would load transformers
+    for folder in (zoo / backbone, Path(backbone)):
         if folder.is_dir(): return sorted(folder.glob("*.safetensors"))
     if "/" not in backbone: return []
     from huggingface_hub import try_to_load_from_cache
