@@ -3,9 +3,9 @@
 # %% auto #0
 __all__ = ['RARE', 'PATHS', 'CLIP_CHAPTERS', 'SAME_RUN', 'class_names', 'Step', 'full_settings', 'bench_steps', 'gaps', 'Count',
            'count_step', 'tower_flops', 'tower_memory', 'text_memory', 'bench_methods', 'bench', 'bench_rows',
-           'bench_table', 'bench_memory', 'bench_text', 'bench_figure', 'memory_table']
+           'bench_table', 'bench_text', 'bench_figure', 'bench_memory', 'memory_table']
 
-# %% ../nbs/09_bench.ipynb #f03134d7
+# %% ../nbs/09_bench.ipynb #167170b0
 import contextlib
 import copy
 import importlib
@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -262,15 +263,16 @@ def _timed(function, device):
     if device.type == "cuda": torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
-# %% ../nbs/09_bench.ipynb #fd9f89f3
-def _first_call(step, device, compiled, count):
+# %% ../nbs/09_bench.ipynb #440ffb3a
+def _first_call(step, device, compiled, count, run=True):
     "Everything but the timing; errors of the machine are noted."
     step.found = {"trained": count_parameters(step.method)["trainable"], "tokens": int(step.length), "note": ""}
     try:
         if count:
             counted = count_step(step); step.found |= {"flops": counted.flops, "saved_mb": counted.saved / 2 ** 20}
-            free = _free_memory(device)
+            free = _free_memory(device) if run else None
             if free and counted.saved > .8 * free: raise MemoryError(f"keeps {counted.saved / 1e9:.0f} GB of activations, {free / 1e9:.0f} GB are free")
+        if not run: step.found["note"] = "counted only"; return
         if compiled:
             step(); step.method.compile(mode=compiled); step.compiled = True     # first without: what is computed only once must not become part of the graph
             step.found["compile_s"] = _timed(lambda: (step(), step()), device)
@@ -308,7 +310,7 @@ def _note_gaps(steps):
     loss, gradient = gaps(*(steps[path].last for path in PATHS))
     for step in steps.values(): step.found |= {"loss_gap": loss, "gradient_gap": gradient}; step.last = None
 
-# %% ../nbs/09_bench.ipynb #7294883e
+# %% ../nbs/09_bench.ipynb #3288375f
 def _row(name, path, step, common):
     "One path of one method as a row for the store."
     ms, preparing = [t and 1000 * t for t in step.seconds], [1000 * t / len(step.images) for t in step.preparing if t]
@@ -324,7 +326,7 @@ def bench(
     device: str = None,        # "cpu" or "cuda"; default: cuda where there is one
     precision: str = "fp32",   # "fp32" or "bf16"
     compiled: str = "",        # "": as it is; otherwise a mode of torch.compile: "default", "reduce-overhead", …
-    rounds: int = 3,           # how often each step is timed
+    rounds: int = 3,           # how often each step is timed; 0: only count, run nothing
     store=None,                # Store or path for the rows; None: do not keep them
     paths=PATHS,               # one path or both
     seconds: float = 60.,      # time for all runs of one step; a step that takes longer is timed less often
@@ -342,7 +344,7 @@ def bench(
         for name in names:
             bar.set_postfix_str(f"building {name}")
             plan[name] = bench_steps(name, backbone, classes, batch, precision, paths, (settings or {}).get(name))
-            for path, step in plan[name].items(): bar.set_postfix_str(f"{name}, {path}: first run"); _first_call(step, device, compiled, count); bar.update()
+            for path, step in plan[name].items(): bar.set_postfix_str(f"{name}, {path}: first run"); _first_call(step, device, compiled, count, rounds > 0); bar.update()
             if len(plan[name]) == 2 and all(step.last for step in plan[name].values()): _note_gaps(plan[name])
         try: _take_turns([s for steps in plan.values() for s in steps.values()], device, rounds, seconds, lambda: bar.update())
         finally:                                               # a run that is stopped keeps what it has measured
@@ -364,21 +366,21 @@ def _check_bench(methods, batch, device, precision, rounds, paths):
     for name in methods or []: method_spec(name)
     return list(methods or known)
 
-# %% ../nbs/09_bench.ipynb #38fc8345
+# %% ../nbs/09_bench.ipynb #9d3205a5
 SAME_RUN = ["backbone", "classes", "batch", "precision", "compiled", "device", "machine", "threads"]
 
 def bench_rows(
     store=None,                # rows, a Store, a path, or None: bench*.jsonl of the package and of ./results
     kind: str = "bench",       # "bench" or "memory"
 ) -> list:                     # of dict, the latest run of each measurement
-    "Rows of `bench` or `bench_memory`; of two runs of the same measurement the later one."
+    "Rows of `bench` or `bench_memory`; of two runs of the same measurement the later one (a timed one, if there is any)."
     if store is None:
         files = [f for folder in (ex.shipped_folder(), ex.results_folder()) for f in sorted(Path(folder).glob("bench*.jsonl"))]
         rows = [row for f in files for row in ex.Store(f, read_only=True).rows()]
     else: rows = store if isinstance(store, list) else (store if isinstance(store, ex.Store) else ex.Store(store, read_only=True)).rows()
     rows = [row for row in rows if row.get("kind") == kind]
     what = lambda row: (row["method"], row["path"] if kind == "memory" else "", *(row.get(name) for name in (*SAME_RUN, "chunk")))
-    latest = {what(row): row.get("run", row["key"]) for row in sorted(rows, key=lambda row: row["started"])}
+    latest = {what(row): row.get("run", row["key"]) for row in sorted(rows, key=lambda row: (bool(row["metrics"].get("ms")), row["started"]))}
     return [row for row in rows if latest[what(row)] == row.get("run", row["key"])]
 
 def bench_table(
@@ -401,18 +403,51 @@ def bench_table(
 def _side_by_side(paths):
     "The two paths of one method as one row of the table."
     first, plain = (paths.get(p, {}).get("metrics", {}) for p in PATHS)
-    either, batch = first or plain, next(iter(paths.values()))["batch"]
-    ratio = lambda name: plain[name] / first[name] if plain.get(name) and first.get(name) else None
+    either, batch, trains = first or plain, next(iter(paths.values()))["batch"], next(iter(paths.values()))["trains"]
+    ratio = lambda name: plain[name] / first[name] if trains and plain.get(name) and first.get(name) else None
     rounds = [b / a for a, b in zip(first.get("rounds_ms", []), plain.get("rounds_ms", [])) if a and b]
-    whole = [m["ms"] + batch * m["prepare_ms"] if m.get("ms") and m.get("prepare_ms") else None for m in (first, plain)]
-    notes = {m["note"] for m in (first, plain) if m.get("note")} | ({"forward only"} if not next(iter(paths.values()))["trains"] else set())
+    whole = [m["ms"] + batch * m["prepare_ms"] if trains and m.get("ms") and m.get("prepare_ms") else None for m in (first, plain)]
+    notes = {m["note"] for m in (first, plain) if m.get("note")} | ({"forward only"} if not trains else set())
     once = {p for p, m in zip(PATHS, (first, plain)) if m.get("ms") and not m.get("timed")}
     return {"trained": either.get("trained"), "tokens": first.get("tokens"), **{f"GFLOP, {p}": m["flops"] / 1e9 if m.get("flops") else None for p, m in zip(PATHS, (first, plain))}, "FLOP ratio": ratio("flops"),
-            **{f"ms, {p}": m.get("ms") for p, m in zip(PATHS, (first, plain))}, "speed-up": statistics.median(rounds) if rounds else ratio("ms"),
+            **{f"ms, {p}": m.get("ms") for p, m in zip(PATHS, (first, plain))}, "speed-up": statistics.median(rounds) if rounds and trains else ratio("ms"),
             "prepare ms/image": first.get("prepare_ms"), "speed-up, preparing every step": whole[1] / whole[0] if all(whole) else None,
             "images/s, features first": 1000 * batch / first["ms"] if first.get("ms") else None,
-            **{f"peak MB, {p}": m.get("peak_mb") for p, m in zip(PATHS, (first, plain))}, "loss gap": either.get("loss_gap"), "gradient gap": either.get("gradient_gap"),
+            **{f"kept MB, {p}": m.get("saved_mb") for p, m in zip(PATHS, (first, plain))}, **{f"peak MB, {p}": m.get("peak_mb") for p, m in zip(PATHS, (first, plain))}, "loss gap": either.get("loss_gap"), "gradient gap": either.get("gradient_gap"),
             "compile s": first.get("compile_s"), "note": "; ".join([*sorted(notes), *(f"{p}: one run, not warmed up" for p in sorted(once))])}
+
+# %% ../nbs/09_bench.ipynb #8a47f5a8
+def bench_text(
+    table: pd.DataFrame,       # from `bench` or `bench_table`
+) -> str:                      # for a terminal
+    "The columns that matter most, rounded."
+    if not len(table): return "no measurements yet: promptbook bench"
+    short = {"GFLOP, plain": "GFLOP plain", "GFLOP, features first": "first", "FLOP ratio": "ratio", "ms, plain": "ms plain", "ms, features first": "first ", "speed-up": "speed-up",
+             "speed-up, preparing every step": "(every step)", "peak MB, plain": "MB plain", "peak MB, features first": "first  "}
+    formats = {**{k: "{:,.0f}".format for k in ("trained", "GFLOP plain", "first", "MB plain", "first  ")}, **{k: "{:,.1f}".format for k in ("ratio", "ms plain", "first ", "speed-up", "(every step)")},
+               "loss gap": "{:.0e}".format, "gradient gap": "{:.0e}".format}
+    shown = table[["trained", *short, "loss gap", "gradient gap", "note"]].rename(columns=short)
+    return shown.to_string(formatters={k: lambda v, f=f: "" if pd.isna(v) else f(v) for k, f in formats.items()}, na_rep="")
+
+def bench_figure(
+    table: pd.DataFrame,       # from `bench_table`, one measurement a method
+    ax=None,                   # matplotlib axes; default: a new figure
+):                             # matplotlib axes
+    "Milliseconds a step on both paths, one row a method, with the ratio at the end."
+    table = table.dropna(subset=["ms, plain", "ms, features first"])
+    table = table[table.trained > 0].sort_values("ms, plain")
+    names = [name if isinstance(name, str) else name[0] for name in table.index]
+    with style():
+        ax = ax or plt.subplots(figsize=(6.4, .7 + .34 * len(table)))[1]
+        for y, (plain, first, gain) in enumerate(zip(table["ms, plain"], table["ms, features first"], table["speed-up"])):
+            ax.barh(y - .19, plain, height=.36, color=PALETTE["orange"], label="plain" if y == 0 else None)
+            ax.barh(y + .19, first, height=.36, color=PALETTE["blue"], label="features first" if y == 0 else None)
+            ax.text(plain * 1.1, y, f"{gain:.1f}×", va="center", fontsize=9, color=GREY)
+        ax.set(xscale="log", xlabel="milliseconds a step (log)", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
+        ax.set_xlim(table["ms, features first"].min() / 1.6, table["ms, plain"].max() * 2.2)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(lambda value, at: f"{value:,g}"); ax.xaxis.set_minor_formatter("")
+        ax.grid(axis="y", visible=False); ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    return ax
 
 # %% ../nbs/09_bench.ipynb #01c9912e
 def bench_memory(
@@ -444,38 +479,6 @@ def bench_memory(
     except Exception as error: found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     if store is not None: (store if isinstance(store, ex.Store) else ex.Store(store)).append(row)
     return row
-
-# %% ../nbs/09_bench.ipynb #a31b02fa
-def bench_text(
-    table: pd.DataFrame,       # from `bench` or `bench_table`
-) -> str:                      # for a terminal
-    "The columns that matter most, rounded."
-    if not len(table): return "no measurements yet: promptbook bench"
-    short = {"GFLOP, plain": "GFLOP plain", "GFLOP, features first": "first", "FLOP ratio": "ratio", "ms, plain": "ms plain", "ms, features first": "first ", "speed-up": "speed-up",
-             "speed-up, preparing every step": "(every step)", "peak MB, plain": "MB plain", "peak MB, features first": "first  "}
-    formats = {**{k: "{:,.0f}".format for k in ("trained", "GFLOP plain", "first", "MB plain", "first  ")}, **{k: "{:,.1f}".format for k in ("ratio", "ms plain", "first ", "speed-up", "(every step)")},
-               "loss gap": "{:.0e}".format, "gradient gap": "{:.0e}".format}
-    shown = table[["trained", *short, "loss gap", "gradient gap", "note"]].rename(columns=short)
-    return shown.to_string(formatters={k: lambda v, f=f: "" if pd.isna(v) else f(v) for k, f in formats.items()}, na_rep="")
-
-def bench_figure(
-    table: pd.DataFrame,       # from `bench_table`, one measurement a method
-    ax=None,                   # matplotlib axes; default: a new figure
-):                             # matplotlib axes
-    "Milliseconds a step on both paths, one row a method, with the ratio at the end."
-    table = table.dropna(subset=["ms, plain", "ms, features first"])
-    table = table[table.trained > 0].sort_values("ms, plain")
-    names = [name if isinstance(name, str) else name[0] for name in table.index]
-    with style():
-        ax = ax or plt.subplots(figsize=(6.4, .7 + .34 * len(table)))[1]
-        for y, (plain, first, gain) in enumerate(zip(table["ms, plain"], table["ms, features first"], table["speed-up"])):
-            ax.barh(y - .19, plain, height=.36, color=PALETTE["orange"], label="plain" if y == 0 else None)
-            ax.barh(y + .19, first, height=.36, color=PALETTE["blue"], label="features first" if y == 0 else None)
-            ax.text(plain * 1.1, y, f"{gain:.1f}×", va="center", fontsize=9, color=GREY)
-        ax.set(xscale="log", xlabel="milliseconds a step (log)", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
-        ax.set_xlim(table["ms, features first"].min() / 1.6, table["ms, plain"].max() * 2.2)
-        ax.grid(axis="y", visible=False); ax.legend(loc="upper right", frameon=False)
-    return ax
 
 # %% ../nbs/09_bench.ipynb #10815f04
 def memory_table(

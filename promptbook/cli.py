@@ -125,7 +125,7 @@ def _doctor(a):
     for name, fine, what in found: print(f"{'ok ' if fine else '!! '} {name:<22} {what}")
     return 0 if all(fine for _, fine, _ in found) else 1
 
-# %% ../nbs/09_cli.ipynb #1e2bfe8d
+# %% ../nbs/09_cli.ipynb #4513e502
 def parser() -> argparse.ArgumentParser:  # of the whole command line
     "All commands with their options."
     top = _Parser(prog="promptbook", description="Prompt learning, one notebook a family: list the papers, run methods, reproduce claims.")
@@ -160,7 +160,7 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add("--methods", nargs="+", metavar="METHOD", help="default: every CLIP method"); add("--classes", type=_positive, default=100, metavar="N"); add("--batch", type=_positive, default=4, metavar="N", help="images a step (default: 4)")
     add("--device", metavar="cpu|cuda"); add("--precision", choices=["fp32", "bf16"], default="fp32")
     add("--compile", nargs="?", const="default", metavar="MODE", help="run torch.compile first, for example in the mode reduce-overhead")
-    add("--rounds", type=_positive, default=3, metavar="N", help="how often each step is timed (default: 3)"); add("--seconds", type=float, default=60., help="time for each method and path; slower ones are timed less often (default: 60)")
+    add("--rounds", type=int, default=3, metavar="N", help="how often each step is timed (default: 3; 0: only count operations and memory)"); add("--seconds", type=float, default=60., help="time for each method and path; slower ones are timed less often (default: 60)")
     add("--store", metavar="FILE", help="default: results/bench.jsonl")
     add = command("pretrain", _pretrain, "remake a model of the zoo from its seed; goes on after a kill")
     add("name", metavar="NAME"); add("--output", metavar="FOLDER"); add("--steps", type=_positive); add("--seed", type=int); add("--device")

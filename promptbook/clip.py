@@ -433,7 +433,7 @@ def domain_generalisation(experiment, progress=None):
     "The same training; test on four shifted versions of the source, two of which use only their own half of the class names."
     return _transfer(experiment, companions(experiment.data)[1])
 
-# %% ../nbs/20_clip.ipynb #af12dc8b
+# %% ../nbs/20_clip.ipynb #74003efd
 _readme = "MaPLe repository README"
 CLAIM = register_claim(Claim(
     "clip-baselines", "clip-baselines",
@@ -458,7 +458,7 @@ CLAIM = register_claim(Claim(
                 "Batches are larger and epochs differ from the published ones (see the chapter).", "Crops keep at least 70 % of the image; no mirroring.", "ProDA follows the paper; its numbers are not confirmed."],
     quick=dict(data=["flowers", "shapes", "textures", "digits"], arms=["zero-shot", "CoOp", "CoCoOp", "KgCoOp", "VPT", "IVLP"], seeds=2,
                settings={"CoCoOp": {"epochs": 2}, "VPT": {"epochs": 6}, "IVLP": {"epochs": 6}},
-               more=[Arm("MaPLe", "maple", {"lr": .02}), Arm("PromptSRC", "promptsrc", {"lr": .02})])))      # of the next chapter
+               more=[Arm("MaPLe", "maple", {"lr": .08}), Arm("PromptSRC", "promptsrc", {"lr": .005})])))      # of the next chapter
 
 # %% ../nbs/20_clip.ipynb #40f9165e
 def check_harmonic(answer):

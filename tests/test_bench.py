@@ -114,6 +114,12 @@ def test_too_little_memory_is_a_note(tiny, monkeypatch):
     assert "not timed" in table.note["coop"] and table["GFLOP, features first"]["coop"] > 0 and math.isnan(table["ms, features first"]["coop"])
 
 
+def test_counting_runs_nothing(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", None)
+    table = bench.bench(tiny, ["coop"], classes=6, batch=2, device="cpu", rounds=0)
+    assert table.note["coop"] == "counted only" and table["FLOP ratio"]["coop"] > 2 and math.isnan(table["ms, plain"]["coop"])
+
+
 def test_slow_steps_are_timed_less_often(tiny):
     table = bench.bench(tiny, ["coop"], classes=6, batch=2, device="cpu", rounds=2, seconds=0., count=False)
     assert "one run, not warmed up" in table.note["coop"] and table["ms, plain"]["coop"] > 0
