@@ -27,7 +27,7 @@ from .multimodal import coupled_prompts
 from .prompts import Outputs, PromptedCLIP, Prompts, Regulariser, Source, Teacher, encode_sentences, template_layout
 from .universe import ELEVEN
 
-# %% ../nbs/22_consistency.ipynb #56f214d3
+# %% ../nbs/22_consistency.ipynb #cceca0b2
 @lru_cache(maxsize=1)
 def universe_descriptions() -> dict:  # data set -> class -> sentences
     "Class descriptions of the universe, written by hand for the course."
@@ -35,13 +35,14 @@ def universe_descriptions() -> dict:  # data set -> class -> sentences
 
 def find_descriptions(
     classes,                   # class names
-    source: str = "universe",  # "universe", or a JSON file: {class: [sentences]}
+    source: str = "universe",  # "universe", or a JSON file: {class: [sentences]}, or {"data": {data set: {class: [sentences]}}}
 ) -> list:                     # per class, the same number K of sentences
     "Sentences that describe each class. Raises ValueError for a class without, or for unequal numbers."
     if source == "universe": tables = list(universe_descriptions().values())
     else:
         if not Path(source).is_file(): raise FileNotFoundError(f"No file '{source}' with descriptions: give a JSON file {{class name: [sentences]}}, or descriptions='template'.")
-        tables = [json.loads(Path(source).read_text(encoding="utf-8"))]
+        found = json.loads(Path(source).read_text(encoding="utf-8"))
+        tables = list(found["data"].values()) if isinstance(found.get("data"), dict) else [found]        # several data sets, like ours, or one
     names = [c.replace("_", " ") for c in classes]
     table = max(tables, key=lambda t: sum(n in t for n in names))
     missing = [n for n in names if n not in table]

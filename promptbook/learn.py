@@ -162,7 +162,7 @@ def trained(method) -> dict:   # name -> parameter
     "What a method trains: every parameter that requires a gradient."
     return {n: p for n, p in method.named_parameters() if p.requires_grad}
 
-# %% ../nbs/04_learn.ipynb #d63a869b
+# %% ../nbs/04_learn.ipynb #7b9234b3
 class TrainingSet(Dataset):
     "Training inputs by view; indexing with a list of rows gives a batch, `complete` what the method's forward takes."
     def __init__(self, method, split: Split, settings, seed: int, limit: int = 2 ** 31):
@@ -174,7 +174,12 @@ class TrainingSet(Dataset):
         if self.shift and len(self.views) < 2: raise ValueError("This method compares with another augmented view of each picture: set views to at least 2, or to None.")
         one = method.prepare(self.views[0][:1])
         self.cached = one.numel() * one.element_size() * len(split) * len(self.views) <= limit
-        if self.cached: self.views = [torch.cat([method.prepare(v[k:k + 256]) for k in range(0, len(split), 256)]) for v in self.views]
+        if self.cached: self.views = [self._prepared(v, settings.workers if hasattr(split.images, "augmented") else 0) for v in self.views]
+
+    def _prepared(self, view, workers):
+        "All inputs of a view; pictures on disk are read by several processes."
+        loader = DataLoader(range(len(self.labels)), 256, collate_fn=lambda rows: view[torch.as_tensor(rows)], num_workers=workers, generator=torch.Generator())
+        return torch.cat([self.method.prepare(pictures) for pictures in loader])
 
     def __len__(self): return len(self.labels)
     def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != "method"}     # processes that read pictures need no model
@@ -226,7 +231,7 @@ def _accelerator(settings):
         raise ValueError(f"A batch of {settings.batch} cannot be shared by {accelerator.num_processes} processes: make it a multiple.")
     return accelerator
 
-# %% ../nbs/04_learn.ipynb #5ffa7ef4
+# %% ../nbs/04_learn.ipynb #950213e4
 def fit(
     method,                    # a PromptedCLIP or any module with prepare(images) and forward(inputs, labels) -> {"loss": …}
     split: Split,              # training images and labels
@@ -245,7 +250,8 @@ def fit(
     make = {"sgd": lambda: torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)}
     data, order = TrainingSet(method, split, settings, seed), torch.Generator().manual_seed(seed)
-    loader = DataLoader(data, settings.batch, shuffle=True, drop_last=len(data) >= settings.batch, collate_fn=lambda batch: batch, generator=order, num_workers=settings.workers)
+    loader = DataLoader(data, settings.batch, shuffle=True, drop_last=len(data) >= settings.batch, collate_fn=lambda batch: batch, generator=order,
+                        num_workers=0 if data.cached else settings.workers)
     model, optimizer, loader = accelerator.prepare(method, make[settings.optimizer](), loader)
     run, hooks = Run(method, settings, optimizer, history=[]), [*getattr(method, "trajectory", ()), *hooks]
     for hook in hooks: hook.before_fit(run)
