@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPModel
 
 from promptbook import consistency
 from promptbook.consistency import BottleneckAdapter, DescriptionTeacher, FeatureShift, GrowRatio, PromptShift, SurgeryAdapter, find_descriptions, gram_norm
@@ -16,25 +15,10 @@ from promptbook.experiment import find_claim
 from promptbook.learn import METHODS, FitSettings, build, fit, load_method, save_method
 from promptbook.prompts import Outputs, Teacher
 from promptbook.universe import base_and_new, few_shot, load_data
-from promptbook.zoo import IMAGE_MEAN, IMAGE_STD, Backbone, load, tiny_clip_config, tiny_tokenizer
+from promptbook.zoo import load
 
 DATA = load_data("textures")
 SHOTS = few_shot(DATA.train, 3, 0)
-
-
-@pytest.fixture(scope="module")
-def backbone():
-    """A CLIP with random weights and other widths than the tiny one."""
-    torch.manual_seed(1)
-    config = tiny_clip_config()
-    config.text_config.update(dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4))
-    config.vision_config.update(dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4))
-    config.projection_dim = 32
-    config.text_config.projection_dim = config.vision_config.projection_dim = 32
-    model = CLIPModel._from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
-    with torch.no_grad():                                        # initial weights are tiny; larger ones make differences visible
-        for p in model.parameters(): p.copy_(p * 3 if p.ndim > 1 else p)
-    return Backbone("random", model, tiny_tokenizer(), tuple(IMAGE_MEAN), tuple(IMAGE_STD))
 
 
 IMAGES, LABELS = DATA.test.images[::30], DATA.test.labels[::30]
