@@ -5,7 +5,7 @@ __all__ = ['RARE', 'PATHS', 'CLIP_CHAPTERS', 'SAME_RUN', 'class_names', 'Step', 
            'count_step', 'tower_flops', 'tower_memory', 'text_memory', 'bench_methods', 'bench', 'bench_rows',
            'bench_table', 'bench_text', 'bench_figure', 'bench_memory', 'memory_table']
 
-# %% ../nbs/09_bench.ipynb #167170b0
+# %% ../nbs/09_bench.ipynb #f0c3f184
 import contextlib
 import copy
 import importlib
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from . import experiment as ex
 from .figures import GREY, PALETTE, style
 from .learn import METHODS, build, method_spec, trained
-from .measure import count_parameters, peak_memory
+from .measure import call_seconds, count_parameters, peak_memory
 from .prompts import PromptedTowers
 from .universe import COLOURS, SHAPE_COUNT, SHAPES, TEXTURES
 from .zoo import ARCHITECTURES, Backbone, clip_config, load, random_clip
@@ -232,7 +232,7 @@ def text_memory(
     if not chunk or chunk >= classes: return one(classes)
     return one(chunk) + classes * tokens * config.hidden_size * (4 if precision == "fp32" else 2)
 
-# %% ../nbs/09_bench.ipynb #d2f1cbf5
+# %% ../nbs/09_bench.ipynb #e5ee7f85
 def bench_methods() -> list:  # names
     "Every CLIP method once; methods that only differ in their training length count as one."
     ex.load_chapters()
@@ -256,14 +256,7 @@ def _free_memory(device):
     with contextlib.suppress(OSError, IndexError, ValueError):
         return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
 
-def _timed(function, device):
-    "Seconds of one call, waiting for the GPU to finish."
-    if device.type == "cuda": torch.cuda.synchronize(device)
-    start = time.perf_counter(); function()
-    if device.type == "cuda": torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-# %% ../nbs/09_bench.ipynb #440ffb3a
+# %% ../nbs/09_bench.ipynb #a35475a8
 def _first_call(step, device, compiled, count, run=True):
     "Everything but the timing; errors of the machine are noted."
     step.found = {"trained": count_parameters(step.method)["trainable"], "tokens": int(step.length), "note": ""}
@@ -275,11 +268,11 @@ def _first_call(step, device, compiled, count, run=True):
         if not run: step.found["note"] = "counted only"; return
         if compiled:
             step(); step.method.compile(mode=compiled); step.compiled = True     # first without: what is computed only once must not become part of the graph
-            step.found["compile_s"] = _timed(lambda: (step(), step()), device)
+            step.found["compile_s"] = call_seconds(lambda: (step(), step()), device)
         elif device.type == "cuda": step()
         torch.manual_seed(0)
         before = torch.cuda.memory_allocated(device) / 2 ** 20 if device.type == "cuda" else None
-        step.first = _timed(lambda: step.found.update(peak_mb=peak_memory(step, device.type) / 2 ** 20), device)
+        step.first = call_seconds(lambda: step.found.update(peak_mb=peak_memory(step, device.type) / 2 ** 20), device)
         step.found["before_mb"], step.last = before, step.outcome()
     except KeyboardInterrupt: raise
     except Exception as error:
@@ -295,8 +288,8 @@ def _take_turns(steps, device, rounds, seconds, bar):
         for step in able[r % len(able):] + able[:r % len(able)]:
             spent = step.first + sum(t or 0 for t in step.seconds)
             late = spent + max((t or 0 for t in step.seconds), default=step.first) > seconds
-            step.seconds.append(None if late else _timed(step, device))
-            step.preparing.append(None if late else _timed(step.prepare, device))
+            step.seconds.append(None if late else call_seconds(step, device))
+            step.preparing.append(None if late else call_seconds(step.prepare, device))
             bar()
 
 # %% ../nbs/09_bench.ipynb #f4c5cfdb
@@ -449,7 +442,7 @@ def bench_figure(
         ax.grid(axis="y", visible=False); ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return ax
 
-# %% ../nbs/09_bench.ipynb #01c9912e
+# %% ../nbs/09_bench.ipynb #88f2a271
 def bench_memory(
     method: str = "maple",     # a registered method
     backbone="vit-b-16",       # as for `bench`
@@ -473,9 +466,9 @@ def bench_memory(
         step = bench_steps(method, backbone, classes, batch, precision, [path], settings)[path]
         step.method.text_chunk = chunk
         found |= {"tokens": int(step.length), "formula_mb": text_memory(backbone, classes, step.length, precision, chunk) / 2 ** 20}
-        first = _timed(lambda: found.update(step_mb=peak_memory(step, device.type) / 2 ** 20), device)
+        first = call_seconds(lambda: found.update(step_mb=peak_memory(step, device.type) / 2 ** 20), device)
         if device.type == "cuda": found["total_mb"] = torch.cuda.max_memory_allocated(device) / 2 ** 20
-        found["ms"] = 1000 * (_timed(step, device) if first < seconds else first)
+        found["ms"] = 1000 * (call_seconds(step, device) if first < seconds else first)
     except Exception as error: found["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     if store is not None: (store if isinstance(store, ex.Store) else ex.Store(store)).append(row)
     return row

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['accuracy', 'harmonic_mean', 'expected_calibration_error', 'mask_iou', 'pointing_game', 't_quantile', 'Interval',
            'interval', 'coverage', 'paired_difference', 'verdict', 'count_parameters', 'count_flops', 'peak_memory',
-           'measure_cost', 'compare_costs', 'tensor_hash']
+           'call_seconds', 'measure_cost', 'compare_costs', 'tensor_hash']
 
 # %% ../nbs/05_measure.ipynb #a0226338
 import functools, hashlib, math, os, statistics, time
@@ -220,8 +220,11 @@ def peak_memory(
         alive += event.nbytes(); peak = max(peak, alive)
     return peak
 
-# %% ../nbs/05_measure.ipynb #61e87997
-def _seconds(function, device):
+# %% ../nbs/05_measure.ipynb #980a1d88
+def call_seconds(
+    function,  # called without arguments
+    device,  # torch.device it runs on
+) -> float:  # seconds
     "Seconds of one call, waiting for the GPU to finish."
     if device.type == "cuda": torch.cuda.synchronize(device)
     start = time.perf_counter(); function()
@@ -238,11 +241,11 @@ def measure_cost(
     if repeats < 1: raise ValueError(f"At least one timed call is needed, got repeats={repeats}.")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for _ in range(warmup): function()
-    seconds = [_seconds(function, device) for _ in range(repeats)]
+    seconds = [call_seconds(function, device) for _ in range(repeats)]
     return {"seconds": statistics.median(seconds), "seconds_low": min(seconds), "seconds_high": max(seconds),
             "flops": count_flops(function), "peak_memory": peak_memory(function, device.type)}
 
-# %% ../nbs/05_measure.ipynb #388e9860
+# %% ../nbs/05_measure.ipynb #9945eda8
 def compare_costs(
     functions: dict,  # name -> function without arguments; the first one is the yardstick
     rounds: int = 5,  # how often each is timed
@@ -257,7 +260,7 @@ def compare_costs(
     for _ in range(warmup):
         for name in names: functions[name]()
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]: seconds[name].append(_seconds(functions[name], device))
+        for name in names[r % len(names):] + names[:r % len(names)]: seconds[name].append(call_seconds(functions[name], device))
     rows = []
     for name in names:
         ratios = np.divide(seconds[name], seconds[names[0]])
