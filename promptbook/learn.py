@@ -70,7 +70,7 @@ def training_views(images, kind: str, count: int, seed: int) -> list:
     generator = torch.Generator().manual_seed(seed)
     return [AUGMENTATIONS[kind](images, generator) for _ in range(count)] or [images]
 
-# %% ../nbs/04_learn.ipynb #38f4cf00
+# %% ../nbs/04_learn.ipynb #5fc3b38a
 @dataclass(frozen=True)
 class FitSettings:
     "How a method is trained."
@@ -78,7 +78,8 @@ class FitSettings:
     lr: float = .002           # learning rate of SGD (or AdamW)
     batch: int = 32            # images a step
     optimizer: str = "sgd"     # "sgd" or "adamw"
-    schedule: str = "warm-cosine"  # "warm-cosine" (see above) or "constant"
+    schedule: str = "warm-cosine"  # "warm-cosine" (see above), "constant", "linear" (up over the first 6 % of all steps, then down to 0) or "exponential" (the last step has 1 % of the first rate)
+    clip: float = 0.           # largest norm of all gradients together; 0: not limited
     momentum: float = .9
     weight_decay: float = 5e-4
     views: int = 4             # augmented views of the training set; 0: the images as they are; None: a fresh one each epoch
@@ -91,12 +92,14 @@ class FitSettings:
     def __post_init__(self):
         if self.epochs < 0 or self.batch < 1 or self.lr <= 0: raise ValueError(f"epochs must be >= 0, batch >= 1 and lr > 0: got {self.epochs}, {self.batch}, {self.lr}.")
         if self.accumulate < 1 or self.text_chunk < 0 or self.workers < 0: raise ValueError(f"accumulate must be >= 1, text_chunk and workers >= 0: got {self.accumulate}, {self.text_chunk}, {self.workers}.")
-        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", ("warm-cosine", "constant")), ("precision", ("no", "bf16")), ("augmentation", tuple(AUGMENTATIONS))):
+        for name, known in (("optimizer", ("sgd", "adamw")), ("schedule", ("warm-cosine", "constant", "linear", "exponential")), ("precision", ("no", "bf16")), ("augmentation", tuple(AUGMENTATIONS))):
             if getattr(self, name) not in known: raise ValueError(f"Unknown {name} '{getattr(self, name)}': use {' or '.join(repr(k) for k in known)}.")
 
-    def rate(self, epoch):
-        "Learning rate of an epoch, counted from 0."
+    def rate(self, epoch, done=0.):
+        "Learning rate of an epoch, counted from 0; for schedules by the step, when a share `done` of all steps is behind."
         if self.schedule == "constant": return self.lr
+        if self.schedule == "linear": return self.lr * min(done / .06, (1 - done) / .94) if done > 0 else self.lr * .01
+        if self.schedule == "exponential": return self.lr * .01 ** done
         return 1e-5 if epoch == 0 else self.lr / 2 * (1 + math.cos(math.pi * (epoch - 1) / self.epochs))
 
 def full_scale(**settings) -> FitSettings:
@@ -202,7 +205,7 @@ class TrainingSet(Dataset):
             table[rows[missing]] = self.method.frozen_features(source[missing])
         return inputs, labels, table[rows]
 
-# %% ../nbs/04_learn.ipynb #9a1fdd90
+# %% ../nbs/04_learn.ipynb #d293df66
 @dataclass
 class Run:
     "A fit in progress, as hooks see it."
@@ -212,12 +215,16 @@ class Run:
     epoch: int = 0
     history: list = None
 
+def _prefix(method): return getattr(method, "backbone_prefix", "clip.")   # names of the frozen backbone's tensors
+
 def _own_parameters(method):
-    "Check the trainable set: everything outside the backbone, nothing inside."
-    leaks = [n for n in trained(method) if n.startswith("clip.")]
+    "Named groups of what trains: everything outside the backbone, nothing inside."
+    leaks = [n for n in trained(method) if n.startswith(_prefix(method))]
     if leaks: raise ValueError(f"The backbone must stay frozen, but {len(leaks)} of its tensors would train, '{leaks[0]}' first: call requires_grad_(False) on it.")
     if not trained(method): raise ValueError("This method has nothing to train: set epochs=0.")
-    return list(trained(method).values())
+    groups = method.groups() if hasattr(method, "groups") else {"prompt": list(trained(method).values())}
+    if {id(p) for g in groups.values() for p in g} != {id(p) for p in trained(method).values()}: raise ValueError("The method's groups must hold every parameter that trains, and no other.")
+    return groups
 
 def process_state() -> PartialState:  # .num_processes, .process_index, .is_main_process, .wait_for_everyone()
     "This process among those of `accelerate launch`; with ACCELERATE_USE_CPU=true they run on the CPU."
@@ -231,10 +238,10 @@ def _accelerator(settings):
         raise ValueError(f"A batch of {settings.batch} cannot be shared by {accelerator.num_processes} processes: make it a multiple.")
     return accelerator
 
-# %% ../nbs/04_learn.ipynb #950213e4
+# %% ../nbs/04_learn.ipynb #91634a6d
 def fit(
-    method,                    # a PromptedCLIP or any module with prepare(images) and forward(inputs, labels) -> {"loss": …}
-    split: Split,              # training images and labels
+    method,                    # a PromptedCLIP, a PromptedLM, or any module with prepare(images), or training_set(split, settings, seed), and forward(…) -> {"loss": …}
+    split: Split,              # training images or texts with what to answer
     settings: FitSettings = FitSettings(),
     seed: int = 0,             # order of batches and augmentation (initialisation happened when the method was built)
     hooks=(),                  # Hook objects, after those the method brings itself
@@ -242,16 +249,18 @@ def fit(
     checkpoint=None,           # file to write after every epoch and to go on from; None: no checkpoint
 ) -> pd.DataFrame:             # one row an epoch: mean of every loss term, learning rate, whatever hooks added
     "Train what a method declares, in place. Raises FloatingPointError when the loss is no longer finite."
-    if len(split) == 0: raise ValueError("There are no training images.")
+    if len(split) == 0: raise ValueError("There is nothing to train on: the split is empty.")
     if settings.epochs == 0: return pd.DataFrame()
-    accelerator, parameters = _accelerator(settings), _own_parameters(method)
+    accelerator, rates = _accelerator(settings), getattr(method, "rates", {})
+    parameters = [{"params": list(group), "base": rates.get(name, settings.lr)} for name, group in _own_parameters(method).items()]
     if settings.precision == "bf16": method.lower_precision(torch.bfloat16)
     method.to(accelerator.device).text_chunk = settings.text_chunk
     make = {"sgd": lambda: torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)}
-    data, order = TrainingSet(method, split, settings, seed), torch.Generator().manual_seed(seed)
+    make_set = getattr(method, "training_set", lambda *a: TrainingSet(method, *a))
+    data, order = make_set(split, settings, seed), torch.Generator().manual_seed(seed)
     loader = DataLoader(data, settings.batch, shuffle=True, drop_last=len(data) >= settings.batch, collate_fn=lambda batch: batch, generator=order,
-                        num_workers=0 if data.cached else settings.workers)
+                        num_workers=0 if getattr(data, "cached", True) else settings.workers)
     model, optimizer, loader = accelerator.prepare(method, make[settings.optimizer](), loader)
     run, hooks = Run(method, settings, optimizer, history=[]), [*getattr(method, "trajectory", ()), *hooks]
     for hook in hooks: hook.before_fit(run)
@@ -263,30 +272,34 @@ def fit(
     for hook in hooks: hook.after_fit(run)
     return pd.DataFrame(run.history)
 
-# %% ../nbs/04_learn.ipynb #b45782f2
+# %% ../nbs/04_learn.ipynb #b4442fc8
 def _one_epoch(run, model, loader, data, accelerator, hooks):
     "One pass over the training set."
-    data.view, rate, sums, count = run.epoch, run.settings.rate(run.epoch), {}, 0
-    for group in run.optimizer.param_groups: group["lr"] = rate
+    data.view, s, sums, count, parts = run.epoch, run.settings, {}, 0, len(loader)
+    complete = getattr(data, "complete", lambda batch: (batch,))
     model.train()
     for batch in loader:
+        rate = s.rate(run.epoch, (run.epoch * parts + count) / (s.epochs * parts))
+        for group in run.optimizer.param_groups: group["lr"] = rate if group["base"] == s.lr else rate / s.lr * group["base"]
         with accelerator.accumulate(model):
-            terms = model(*data.complete(batch))
+            terms = model(*complete(batch))
             accelerator.backward(terms["loss"])
             if accelerator.sync_gradients:
+                if s.clip: accelerator.clip_grad_norm_([p for g in run.optimizer.param_groups for p in g["params"]], s.clip)
                 for hook in hooks: hook.after_backward(run)
             run.optimizer.step()
             run.optimizer.zero_grad()
-        for name, value in terms.items(): sums[name] = sums.get(name, 0) + value.detach()
+        for name, value in terms.items():
+            if value.ndim == 0: sums[name] = sums.get(name, 0) + value.detach()      # logits and other tensors are not for the record
         count += 1
     means = {name: accelerator.reduce(value / count, "mean").item() for name, value in sums.items()}
-    if not math.isfinite(means["loss"]): raise FloatingPointError(f"The loss is not finite in epoch {run.epoch}: lower the learning rate (now {run.settings.lr}).")
+    if not math.isfinite(means["loss"]): raise FloatingPointError(f"The loss is not finite in epoch {run.epoch}: lower the learning rate (now {s.lr}).")
     run.history.append({"epoch": run.epoch, "rate": rate, **means})
 
-# %% ../nbs/04_learn.ipynb #0d60e944
+# %% ../nbs/04_learn.ipynb #b1968717
 def _extras(method):
     "Buffers outside the backbone that are saved with a method: mixing ratios, counters."
-    return {k: v for k, v in method.state_dict().items() if not k.startswith("clip.")}
+    return {k: v for k, v in method.state_dict().items() if not k.startswith(_prefix(method))}
 
 def _save(path, run, hooks, order, seed):
     "Write a checkpoint, whole or not at all."
@@ -366,11 +379,11 @@ def build(
     method.identity = dict(method=name, backbone=backbone.name, classes=list(classes), template=template, settings=settings)
     return method
 
-# %% ../nbs/04_learn.ipynb #5c80607b
+# %% ../nbs/04_learn.ipynb #111edd67
 def save_method(method, folder) -> Path:
     "Write a trained method to a folder: prompts.safetensors and method.json."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    own = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items() if not k.startswith("clip.")}
+    own = {k: v.detach().cpu().contiguous() for k, v in _extras(method).items()}
     save_file(own, folder / "prompts.safetensors")
     (folder / "method.json").write_text(json.dumps(method.identity, indent=1))
     return folder
@@ -385,7 +398,7 @@ def load_method(folder, backbone=None):
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The saved method in '{folder}' is damaged ({type(error).__name__}): save it again.") from None
     method = build(about["method"], backbone or load(about["backbone"]), about["classes"], about["template"], **about["settings"])
-    mine = {k: v for k, v in method.state_dict().items() if not k.startswith("clip.")}
+    mine = _extras(method)
     wrong = [k for k in mine.keys() | own.keys() if k not in mine or k not in own or mine[k].shape != own[k].shape]
     if wrong: raise ValueError(f"'{folder}' does not fit the method '{about['method']}' on this backbone: '{sorted(wrong)[0]}' differs in name or shape.")
     method.load_state_dict(own, strict=False)

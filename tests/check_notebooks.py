@@ -78,7 +78,7 @@ def report(path, seconds, error, differences):
     name = path.relative_to(ROOT)
     late = is_chapter(path) and seconds > CHAPTER_SECONDS
     bad = bool(error or differences or late)
-    print(f"{'FAIL' if bad else 'ok  '} {seconds:7.1f} s  {name}", flush=True)
+    print(f"{seconds:7.1f} s  {name}{'  FAILED' if bad else ''}", flush=True)
     if error:
         text = ESCAPE.sub("", error).strip().splitlines()
         head, tail = text[:12], text[-4:] if len(text) > 12 else []  # the cell, and what went wrong

@@ -38,10 +38,10 @@ def main(names):
         results.append((name, code, time.time() - start))
     print()
     for name, code, seconds in results:
-        print(f"{'ok  ' if code == 0 else 'FAIL'} {name:10s} {seconds:7.1f} s")
+        print(f"{seconds:7.1f} s  {name:10s} {'fine' if code == 0 else 'FAILED'}")
     failed = [name for name, code, _ in results if code]
     if failed: print(f"failed: {', '.join(failed)}. Repeat one with: python tests/run_all.py {failed[0]}")
-    print(f"steps: {len(results) - len(failed)} passed, {len(failed)} failed")
+    print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
 
 

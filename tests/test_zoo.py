@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_without_a_card(copy):
 
 def test_an_incomplete_folder(copy):
     (copy / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="complete CLIP checkpoint"): zoo.load.__wrapped__(str(copy))
+    with pytest.raises(FileNotFoundError, match="complete checkpoint"): zoo.load.__wrapped__(str(copy))
 
 
 def test_unknown_name_and_unreachable_hub(monkeypatch):
