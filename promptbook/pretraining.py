@@ -5,7 +5,7 @@ __all__ = ['VOCABULARY', 'SENTINELS', 'CONTEXT', 'HEAD', 'english_tokenizer', 'g
            'copying_start', 'LanguageSettings', 'GPTTrainer', 'hide_spans', 'T5Trainer', 'answers', 'task_accuracy',
            'shots_curve']
 
-# %% ../nbs/09_pretraining.ipynb #69d28668
+# %% ../nbs/09_pretraining.ipynb #9aac7833
 import math
 import random
 from dataclasses import dataclass
@@ -13,23 +13,26 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from .language import EPISODES, FORMS, KIND_OF, NOUNS, TASKS, UNSEEN, documents, english_texts, episode, prompt_text
 from .zoo import TRAINERS, Trainer, load
 
-# %% ../nbs/09_pretraining.ipynb #24f00092
+# %% ../nbs/09_pretraining.ipynb #6c249ec0
 VOCABULARY, SENTINELS, CONTEXT = 2048, 32, 512
 
-@lru_cache(maxsize=1)
-def english_tokenizer() -> PreTrainedTokenizerFast:  # shared by tiny-gpt and tiny-t5
+@lru_cache(maxsize=3)
+def english_tokenizer(
+    marks: str = "",           # "": none; "start": <s> before every text (tiny-gpt); "end": </s> behind every text (tiny-t5)
+) -> PreTrainedTokenizerFast:  # with the same pieces whatever the marks
     "A byte-level BPE tokenizer of 2,048 pieces: the universe's words are one piece each, any other text is spelled with shorter ones."
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", *(f"<extra_id_{k}>" for k in range(SENTINELS))]
     texts = [*documents(1, 6000), *[" ".join((*NOUNS, *KIND_OF))] * 30, *english_texts()]
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False))
+    if marks: tokenizer.post_processor = processors.TemplateProcessing(single={"start": "<s> $A", "end": "$A </s>"}[marks], special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
                                    extra_special_tokens=[f"<extra_id_{k}>" for k in range(SENTINELS)], clean_up_tokenization_spaces=False)
 
@@ -92,11 +95,11 @@ def copying_start(
         decoder.q.weight[rows], decoder.k.weight[rows] = .7 * read, .7 * mark
         decoder.v.weight[rows], decoder.o.weight[:, rows] = copied, 2 * copied.T
 
-# %% ../nbs/09_pretraining.ipynb #f7c2b382
+# %% ../nbs/09_pretraining.ipynb #7a440bb7
 @dataclass(frozen=True)
 class LanguageSettings:
     "How a language model of the zoo is made; all of it is written on its card."
-    steps: int = 6000          # optimiser steps
+    steps: int = 4000          # optimiser steps
     batch: int = 16            # rows of packed text a step (tiny-gpt), pairs of texts (tiny-t5)
     length: int = 256          # tokens of a row, most tokens of a source
     lr: float = 2e-3           # peak learning rate of AdamW, warmed up over 200 steps, then cosine
@@ -104,13 +107,13 @@ class LanguageSettings:
     corrupt: float = .3        # tiny-t5: share of pairs made by hiding spans of a text
     seed: int = 0
 
-# %% ../nbs/09_pretraining.ipynb #9dde7ed2
+# %% ../nbs/09_pretraining.ipynb #c7e2c7ce
 class GPTTrainer(Trainer):
     "Makes tiny-gpt: texts of the mixture packed into rows, loss on every token."
     settings, data = LanguageSettings(), "promptbook.language.documents"
     def __init__(self, settings, device, checkpoint):
         super().__init__(settings, device, checkpoint)
-        self.tokenizer, self.model = english_tokenizer(), LlamaForCausalLM._from_config(gpt_config(), attn_implementation="sdpa")
+        self.tokenizer, self.model = english_tokenizer("start"), LlamaForCausalLM._from_config(gpt_config(), attn_implementation="sdpa")
         induction_start(self.model, torch.Generator().manual_seed(settings.seed))
         self.model.to(device).train()
         self.optimise(self.model)
@@ -119,13 +122,13 @@ class GPTTrainer(Trainer):
         "(batch, length) packed token ids, fixed by seed and step."
         s, ids, part = self.settings, [], 0
         while len(ids) < s.batch * s.length:
-            for text in self.tokenizer(documents((s.seed * 1_000_003 + step) * 100 + part, 100, mixture)).input_ids: ids += [1, *text]
+            for text in self.tokenizer(documents((s.seed * 1_000_003 + step) * 100 + part, 100, mixture)).input_ids: ids += text
             part += 1
         return torch.tensor(ids[:s.batch * s.length]).view(s.batch, s.length).to(self.device)
 
-    def step(self, step):
+    def step(self, step, mixture=None):
         "One batch of rows."
-        ids = self.rows(step)
+        ids = self.rows(step, mixture)
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16): logits = self.model(ids).logits
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
         self.update(step, loss, warmup=200)
@@ -158,16 +161,18 @@ def hide_spans(
         source += [*ids[at:start], sentinels[k]]; target += [sentinels[k], *ids[start:end]]; at = end
     return source + ids[at:], target
 
-# %% ../nbs/09_pretraining.ipynb #5c7c7480
+# %% ../nbs/09_pretraining.ipynb #abd7f1ea
 class T5Trainer(Trainer):
     "Makes tiny-t5: span corruption and the tasks, input to output."
-    settings, data = LanguageSettings(batch=64, length=96), "promptbook.language.documents and its tasks"
+    settings, data = LanguageSettings(steps=3500, batch=64, length=96), "promptbook.language.documents and its tasks"
     def __init__(self, settings, device, checkpoint):
         super().__init__(settings, device, checkpoint)
-        self.tokenizer, self.model = english_tokenizer(), T5ForConditionalGeneration(t5_config())
+        self.tokenizer, self.model = english_tokenizer("end"), T5ForConditionalGeneration(t5_config())
         copying_start(self.model, torch.Generator().manual_seed(settings.seed))
         self.model.to(device).train()
         self.optimise(self.model)
+
+    def _ids(self, texts): return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     def pairs(self, step):
         "Padded source ids, their mask, and labels, fixed by seed and step."
@@ -175,11 +180,11 @@ class T5Trainer(Trainer):
         hidden = sum(rng.random() < s.corrupt for _ in range(s.batch))
         sentinels = self.tokenizer.convert_tokens_to_ids([f"<extra_id_{k}>" for k in range(SENTINELS)])
         texts = documents(rng.randrange(2 ** 40), hidden, {"story": .35, "english": .35, "repeat": .15, "instruction": .15})
-        rows = [hide_spans(ids[:s.length], rng, sentinels) for ids in self.tokenizer(texts).input_ids] if hidden else []
+        rows = [hide_spans(ids[:s.length], rng, sentinels) for ids in self._ids(texts)] if hidden else []
         tasks = [t for t in TASKS.values() if not t.held_out]
         made = [(t, *t.make(rng)) for t in rng.choices(tasks, k=s.batch - hidden)]
         sources = [prompt_text(rng.choice(t.instructions) if rng.random() < .9 else "", x) for t, x, _ in made]
-        if made: rows += list(zip(self.tokenizer(sources).input_ids, self.tokenizer([y for _, _, y in made]).input_ids))
+        if made: rows += list(zip(self._ids(sources), self._ids([y for _, _, y in made])))
         pad = lambda rows, value: torch.tensor([r + [value] * (max(map(len, rows)) - len(r)) for r in rows]).to(self.device)
         source, labels = pad([x + [2] for x, _ in rows], 0), pad([y + [2] for _, y in rows], -100)
         return source, (source != 0).long(), labels
@@ -201,7 +206,7 @@ class T5Trainer(Trainer):
 
 TRAINERS["tiny-t5"] = T5Trainer
 
-# %% ../nbs/09_pretraining.ipynb #e8cdf21d
+# %% ../nbs/09_pretraining.ipynb #b74dcc73
 @torch.no_grad()
 def answers(
     backbone,                  # LanguageBackbone, causal or seq2seq
@@ -209,12 +214,10 @@ def answers(
     max_new_tokens: int = 24,  # longest answer
 ) -> list:                     # of strings, up to the first line break
     "Greedy answers of the bare model."
-    tokenizer, given = backbone.tokenizer, list(prompts)
-    ids = [r + [2] if backbone.kind == "seq2seq" else [1, *r] for r in tokenizer(given).input_ids]
-    longest = max(map(len, ids))
-    padded = torch.tensor([r + [0] * (longest - len(r)) if backbone.kind == "seq2seq" else [0] * (longest - len(r)) + r for r in ids])
-    out = backbone.model.generate(input_ids=padded, attention_mask=(padded != 0).long(), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
-    new = out[:, 1:] if backbone.kind == "seq2seq" else out[:, longest:]
+    tokenizer, seq2seq = backbone.tokenizer, backbone.kind == "seq2seq"
+    given = tokenizer(list(prompts), padding=True, padding_side="right" if seq2seq else "left", return_tensors="pt")
+    out = backbone.model.generate(input_ids=given.input_ids, attention_mask=given.attention_mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    new = out[:, 1:] if seq2seq else out[:, given.input_ids.shape[1]:]
     return [t.split("\n")[0].strip() for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 # %% ../nbs/09_pretraining.ipynb #336b2e39
@@ -234,7 +237,7 @@ def task_accuracy(
         right[name] = round(100 * sum(a == y for a, (_, y) in zip(said, asked)) / count, 1)
     return right
 
-# %% ../nbs/09_pretraining.ipynb #0ee88047
+# %% ../nbs/09_pretraining.ipynb #3c7220b9
 @torch.no_grad()
 def shots_curve(
     backbone,                  # causal LanguageBackbone
@@ -251,11 +254,11 @@ def shots_curve(
     for k in shots:
         rng = random.Random(seed + k)
         episodes, right = [episode(rng, k, kind, classes, names, form) for _ in range(count)], 0
-        ids = [[1, *r] for r in backbone.tokenizer([e.prompt() for e in episodes]).input_ids]
-        padded = torch.tensor([r + [0] * (max(map(len, ids)) - len(r)) for r in ids])
-        last = torch.cat([backbone.model(padded[i:i + 50]).logits[torch.arange(len(padded[i:i + 50])), torch.tensor([len(r) - 1 for r in ids[i:i + 50]])] for i in range(0, count, 50)])
+        given = backbone.tokenizer([e.prompt() for e in episodes], padding=True, padding_side="right", return_tensors="pt")
+        ends = given.attention_mask.sum(1) - 1                          # padding comes after the last token, which cannot see it
+        last = torch.cat([backbone.model(given.input_ids[i:i + 50]).logits[torch.arange(len(ends[i:i + 50])), ends[i:i + 50]] for i in range(0, count, 50)])
         for e, row in zip(episodes, last):
-            first = [backbone.tokenizer(" " + l).input_ids[0] for l in e.labels]
+            first = [backbone.tokenizer(" " + l, add_special_tokens=False).input_ids[0] for l in e.labels]
             right += e.labels[row[first].argmax()] == e.label
         curve[str(k)] = round(100 * right / count, 1)
     return curve

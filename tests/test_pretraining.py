@@ -26,6 +26,13 @@ def test_any_text_is_spelled_and_read_back(text):
     assert TOKENIZER.decode(ids).lstrip(" ") == text.lstrip(" ") and TOKENIZER.unk_token_id not in ids
 
 
+def test_marks_are_put_where_they_belong():
+    for marks, ids in (("start", lambda r: [1, *r]), ("end", lambda r: [*r, 2])):
+        marked = english_tokenizer(marks)
+        assert marked("copy: fig").input_ids == ids(TOKENIZER("copy: fig").input_ids) and marked("copy: fig", add_special_tokens=False).input_ids == TOKENIZER("copy: fig").input_ids
+        assert marked.get_vocab() == TOKENIZER.get_vocab()
+
+
 def test_words_of_the_universe_are_one_piece_each():
     assert not [w for w in (*NOUNS, *KIND_OF) if len(TOKENIZER(w).input_ids) != 1 or TOKENIZER("x " + w).input_ids[-1] != TOKENIZER(w).input_ids[0]]
     assert len(TOKENIZER) == 2048 and len({TOKENIZER.convert_tokens_to_ids(f"<extra_id_{k}>") for k in range(SENTINELS)}) == SENTINELS
