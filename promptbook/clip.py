@@ -132,7 +132,7 @@ def check_kgcoop(backbone, classes, images, labels):
     elsewhere = terms("kgcoop", "a sketch of the {} at night.", weight=1.)["text consistency"]
     assert 1e-4 < elsewhere <= 2
 
-# %% ../nbs/20_clip.ipynb #69929eca
+# %% ../nbs/20_clip.ipynb #71399be5
 class PromptDistribution(PromptedCLIP):
     "ProDA: K contexts give a Gaussian over classifier weights; training minimises an upper bound of the expected loss."
     def __init__(self, backbone, classes, count, length, diversity):
@@ -140,7 +140,7 @@ class PromptDistribution(PromptedCLIP):
         super().__init__(backbone, classes, lambda names: context_layout(backbone, names, length),
                          Independent(text=FreePrompts(length, backbone.model.config.text_config.hidden_size, classes=count)))
         quarter = count // 4
-        self.groups = {"front": slice(0, quarter), "middle": slice(quarter, 2 * quarter), "end": slice(2 * quarter, count)}
+        self.places = {"front": slice(0, quarter), "middle": slice(quarter, 2 * quarter), "end": slice(2 * quarter, count)}
         self.length, self.diversity = length, diversity
 
     def source_vectors(self): return []                     # the prompts' first dimension counts prompts, not classes
@@ -148,7 +148,7 @@ class PromptDistribution(PromptedCLIP):
     def features(self, names):
         "Unit features of every prompt and class, (K, C, d)."
         vectors = self.source().text[0][:, None]
-        return F.normalize(torch.cat([self._encode_texts(context_layout(self.backbone, names, self.length, place), [vectors[rows]]) for place, rows in self.groups.items()]).float(), dim=-1)
+        return F.normalize(torch.cat([self._encode_texts(context_layout(self.backbone, names, self.length, place), [vectors[rows]]) for place, rows in self.places.items()]).float(), dim=-1)
 
     def outputs(self, prepared):
         image, features = self.image_features(prepared), self.features(self.texts.names)

@@ -222,7 +222,7 @@ class ImageConditioned(Source):
         first, *deeper = self.text()
         return Prompts(text=[first + shift, *deeper])
 
-# %% ../nbs/03_prompts.ipynb #5b468c5f
+# %% ../nbs/03_prompts.ipynb #719fc496
 class PromptedTowers(nn.Module):
     "A frozen CLIP and what a method adds to it."
     def __init__(self,
@@ -242,6 +242,12 @@ class PromptedTowers(nn.Module):
         self.regularisers, self.adapters = nn.ModuleList(regularisers), nn.ModuleDict(adapters or {})
         self.text, self.vision, self._fixed_text = TextTower(self.clip), VisionTower(self.clip), None
         self._keep, self._kept = False, None                              # during prediction: encode the classes once
+
+    def train(self, mode=True):
+        "The frozen model stays in evaluation mode: others may share it."
+        super().train(mode)
+        self.clip.eval()
+        return self
 
     @property
     def touches(self): return self.source.touches

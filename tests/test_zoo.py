@@ -114,3 +114,9 @@ def test_pretraining_killed_and_resumed_ends_in_the_same_weights(tmp_path):
 
 def test_only_known_models_are_remade():
     with pytest.raises(ValueError, match="known: tiny-clip"): zoo.pretrain("big-clip")
+
+
+def test_training_leaves_the_shared_backbone_in_evaluation_mode():
+    backbone = zoo.load("tiny-clip")
+    student = PromptedCLIP(backbone, ["star", "ring"], lambda names: context_layout(backbone, names, 2), Independent(text=FreePrompts(2, 128)))
+    assert student.train().training and student.source.training and not backbone.model.training and not any(m.training for m in backbone.model.modules())
