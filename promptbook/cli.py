@@ -29,7 +29,7 @@ def _positive(text):
     if not text.isdigit() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
-# %% ../nbs/09_cli.ipynb #e480fba7
+# %% ../nbs/09_cli.ipynb #3e932bf8
 def _list(a):
     from promptbook import catalog
     answers = dict(setting(f) for f in a.filter)
@@ -41,8 +41,11 @@ def _show(a):
 
 def _run(a):
     ex.load_chapters()
-    full = {"scale": "full"} if a.scale == "full" else {}
-    experiment = ex.Experiment(a.method, a.backbone or (ex.FULL_BACKBONE if full else "tiny-clip"), ex.data_name(a.data), a.protocol, a.seed, full | dict(a.set or []), a.sampling_seed)
+    full, home = {"scale": "full"} if a.scale == "full" else {}, ex.home_of(a.method)
+    text = home is not None and home.backbone != "tiny-clip"             # a method for texts is run as its own claim runs it
+    backbone = a.backbone or (((home.full_backbone if text else None) or ex.FULL_BACKBONE) if full else home.backbone if text else "tiny-clip")
+    data = a.data or (((home.full_data if full else None) or home.data)[0] if text else "digits")
+    experiment = ex.Experiment(a.method, backbone, ex.data_name(data), a.protocol or (home.protocol if text else "base-to-new"), a.seed, full | dict(a.set or []), a.sampling_seed)
     row = ex.run(experiment, a.store or ex.results_folder() / "runs.jsonl", progress=not a.quiet)
     if not ex.is_main_process(): return 0                            # of several processes, one speaks
     print(experiment)
@@ -68,10 +71,23 @@ def _ledger(a):
     return 0
 
 def _bench(a):
-    from promptbook import bench
+    from promptbook import bench, soft
+    if a.backbone in soft.T5_SIZES or a.random_weights: return _bench_soft(a)
     table = bench.bench(a.backbone, a.methods, a.classes, a.batch, a.device, a.precision, a.compile or "", a.rounds, a.store or ex.results_folder() / "bench.jsonl",
                         seconds=a.seconds, progress=not a.quiet)
     print(bench.bench_text(table)); return 0
+
+def _bench_soft(a):
+    "Soft prompts on a T5: training, reading and writing apart."
+    from promptbook import soft
+    if a.random_weights and a.backbone not in soft.T5_SIZES: raise ex.unknown_name("backbone with random weights", a.backbone, soft.T5_SIZES)
+    arms = soft.soft_arms(a.length, a.text, soft.T5_SIZES[a.backbone]["d_model"])
+    if a.methods:
+        for name in a.methods:
+            if name not in {m for m, _ in arms.values()}: raise ex.unknown_name("method of this measurement", name, sorted({m for m, _ in arms.values()}))
+        arms = {arm: made for arm, made in arms.items() if made[0] in a.methods}
+    table = soft.bench_soft(a.backbone if a.random_weights else f"google-t5/{a.backbone}", arms, a.length, a.text, a.batch, rounds=max(1, a.rounds), device=a.device, precision=a.precision, store=a.store or ex.results_folder() / "bench.jsonl")
+    print(soft.soft_text(table)); return 0
 
 def _pretrain(a):
     from promptbook import zoo
@@ -125,7 +141,7 @@ def _doctor(a):
     for name, fine, what in found: print(f"{'ok ' if fine else '!! '} {name:<22} {what}")
     return 0 if all(fine for _, fine, _ in found) else 1
 
-# %% ../nbs/09_cli.ipynb #4513e502
+# %% ../nbs/09_cli.ipynb #e3a268e9
 def parser() -> argparse.ArgumentParser:  # of the whole command line
     "All commands with their options."
     top = _Parser(prog="promptbook", description="Prompt learning, one notebook a family: list the papers, run methods, reproduce claims.")
@@ -138,13 +154,13 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
         made = commands.add_parser(name, help=text, description=text, parents=[common, *parents]); made.set_defaults(function=function); return made.add_argument
     def scale(add):
         add("--scale", choices=("tiny", "full"), default="tiny", help="full: published settings, for real photographs and a real model (default: tiny)")
-        add("--backbone", help=f"zoo name, hub id or folder (default: tiny-clip, at full scale {ex.FULL_BACKBONE})")
+        add("--backbone", help=f"zoo name, hub id or folder (default: the claim's; for images tiny-clip, at full scale {ex.FULL_BACKBONE})")
     add = command("list", _list, "the papers of the course and how far each is")
     add("filter", nargs="*", metavar="AXIS=VALUE", help="only papers with this value on an axis, for example source=free")
     add = command("show", _show, "one paper: idea, axes, status, methods"); add("paper", metavar="ID")
     add = command("run", _run, "train and test one method", [quiet])
-    add("method", metavar="METHOD"); add("--data", default="digits", metavar="NAME|FOLDER", help="data set or folder of images, one sub-folder a class (default: digits)")
-    scale(add); add("--protocol", default="base-to-new", help="default: base-to-new")
+    add("method", metavar="METHOD"); add("--data", metavar="NAME|FOLDER", help="data set, folder of images with one sub-folder a class, or a table of texts (default: digits; for methods on texts the first set of their claim)")
+    scale(add); add("--protocol", help="default: base-to-new; for methods on texts that of their claim")
     add("--seed", type=int, default=1); add("--sampling-seed", type=int, help="draws the training images (default: the seed)")
     add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of the method; may be given several times"); add("--store", metavar="FILE", help="default: results/runs.jsonl")
     add = command("reproduce", _reproduce, "run a claim, or what is missing of it, and print its table", [quiet])
@@ -156,12 +172,13 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add = command("ledger", _ledger, "every claim: the paper's number, ours, verdict, cost")
     add("--markdown", action="store_true"); add("--output", metavar="FILE"); add("--results", metavar="FOLDER", help="default: the package's rows and ./results")
     add = command("bench", _bench, "what a training step costs: real sizes, random weights, two paths that compute the same", [quiet])
-    add("--backbone", default="vit-b-16", help="vit-b-16, vit-b-32, vit-l-14 (random weights), zoo name, hub id or folder (default: vit-b-16)")
+    add("--backbone", default="vit-b-16", help="vit-b-16, vit-b-32, vit-l-14 (random weights), zoo name, hub id or folder (default: vit-b-16); t5-small, t5-base, t5-large: soft prompts on a T5")
     add("--methods", nargs="+", metavar="METHOD", help="default: every CLIP method"); add("--classes", type=_positive, default=100, metavar="N"); add("--batch", type=_positive, default=4, metavar="N", help="images a step (default: 4)")
     add("--device", metavar="cpu|cuda"); add("--precision", choices=["fp32", "bf16"], default="fp32")
     add("--compile", nargs="?", const="default", metavar="MODE", help="run torch.compile first, for example in the mode reduce-overhead")
     add("--rounds", type=int, default=3, metavar="N", help="how often each step is timed (default: 3; 0: only count operations and memory)"); add("--seconds", type=float, default=60., help="time for each method and path; slower ones are timed less often (default: 60)")
-    add("--store", metavar="FILE", help="default: results/bench.jsonl")
+    add("--random-weights", action="store_true", help="T5: the published size with random weights instead of the hub's checkpoint"); add("--length", type=_positive, default=100, metavar="N", help="T5: rows of the prompt tuning that the others are matched to (default: 100)")
+    add("--text", type=_positive, default=256, metavar="N", help="T5: tokens of a text (default: 256)"); add("--store", metavar="FILE", help="default: results/bench.jsonl")
     add = command("pretrain", _pretrain, "remake a model of the zoo from its seed; goes on after a kill")
     add("name", metavar="NAME"); add("--output", metavar="FOLDER"); add("--steps", type=_positive); add("--seed", type=int); add("--device")
     add("--fresh", action="store_true", help="do not go on from a checkpoint")

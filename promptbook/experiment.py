@@ -6,8 +6,8 @@ __all__ = ['PROTOCOLS', 'CHAPTERS', 'ROW_FIELDS', 'MIN_SEEDS', 'DERIVED', 'CLAIM
            'set_aside', 'rows_frame', 'Store', 'folder_fingerprint', 'data_fingerprint', 'backbone_hash',
            'is_main_process', 'end_processes', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim',
            'register_claim', 'find_claim', 'select', 'tune', 'results_folder', 'shipped_folder', 'chosen_settings',
-           'seed_values', 'evaluate', 'Evaluation', 'data_name', 'full_arm', 'full_scale_claim', 'variant', 'reproduce',
-           'Ledger', 'ledger']
+           'seed_values', 'evaluate', 'Evaluation', 'data_name', 'full_arm', 'full_scale_claim', 'home_of', 'variant',
+           'reproduce', 'Ledger', 'ledger']
 
 # %% ../nbs/06_experiment.ipynb #7abeccc1
 import contextlib, hashlib, html, importlib, importlib.metadata, importlib.util, itertools, json, math, multiprocessing, os, platform, signal, sys, threading, time, traceback, warnings
@@ -121,8 +121,8 @@ def find_protocol(
     if name not in PROTOCOLS: raise unknown_name("protocol", name, PROTOCOLS)
     return PROTOCOLS[name]
 
-# %% ../nbs/06_experiment.ipynb #46b6499f
-CHAPTERS = ["promptbook.clip", "promptbook.multimodal", "promptbook.consistency"]
+# %% ../nbs/06_experiment.ipynb #871024b9
+CHAPTERS = ["promptbook.soft", "promptbook.adaptive", "promptbook.clip", "promptbook.multimodal", "promptbook.consistency"]
 
 def load_chapters() -> list:  # names of the modules that were imported
     "Import every chapter that exists, so that its methods, protocols and claims are registered."
@@ -627,7 +627,7 @@ class Comparison:
 MIN_SEEDS = 5                                                        # below this, no verdict
 DERIVED = {"hm": (harmonic_mean, ("base", "new"))}                   # metric -> (function, its arguments): computed from averages over data sets
 
-# %% ../nbs/06_experiment.ipynb #67516e0f
+# %% ../nbs/06_experiment.ipynb #862a007e
 @dataclass(frozen=True)
 class Claim:
     "A paper's statement as an experiment that could refute it."
@@ -647,6 +647,8 @@ class Claim:
     tuning_seeds: list = (101, 102)  # for choosing settings; never those of the claim
     tuning_metric: str = None  # validation metric, its name begins with "val"
     tuning_data: list = None  # data sets for choosing settings; default: all of the claim's
+    full_backbone: str = None  # the backbone at full scale; default: FULL_BACKBONE
+    full_data: list = None  # the data at full scale; default: the real sets for which the claim's stand
 
     def __post_init__(self):
         names = [a.name for a in self.arms]
@@ -903,7 +905,7 @@ def _html_table(frame):
     body = "".join("<tr>" + "".join(cell(v, c) for c, v in zip(frame, r)) + "</tr>" for r in frame.values.tolist())
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse;background:transparent;color:inherit"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/06_experiment.ipynb #2d453179
+# %% ../nbs/06_experiment.ipynb #66b4488b
 def data_name(
     text: str,  # a data set name, "folder:PATH", or the path of a folder of images
 ) -> str:  # a data set name, or "folder:PATH"
@@ -926,16 +928,27 @@ def full_arm(
 
 def full_scale_claim(
     claim: Claim,  # a claim at tiny scale
-    backbone: str = None,  # hub id or folder; default: ViT-B/16
+    backbone: str = None,  # hub id or folder; default: the claim's own, or ViT-B/16
 ) -> Claim:  # the same at full scale
-    "A claim on real photographs and a real model: the papers' data sets in the place of the universe's, published settings. ValueError if two arms would be the same."
+    "A claim on real data and a real model: the papers' data sets in the place of the universe's, published settings. ValueError if two arms would be the same."
     from promptbook.realdata import REAL
     real, arms = {spec.counterpart: name for name, spec in REAL.items()}, [full_arm(a) for a in claim.arms]
     for a, b in itertools.combinations(arms, 2):
         if (a.method, canonical(a.settings)) == (b.method, canonical(b.settings)):
             raise ValueError(f"Arms {a.name!r} and {b.name!r} of claim {claim.id!r} differ by training settings of the tiny scale only: say what they are at full scale with full={{...}}.")
-    return replace(claim, arms=arms, backbone=backbone or FULL_BACKBONE, data=[real.get(d, d) for d in claim.data],
-                   quick=claim.quick and {k: [real.get(d, d) for d in v] if k == "data" else v for k, v in claim.quick.items() if k != "settings"})
+    at_full = lambda names: claim.full_data or [real.get(d, d) for d in names]
+    return replace(claim, arms=arms, backbone=backbone or claim.full_backbone or FULL_BACKBONE, data=at_full(claim.data),
+                   quick=claim.quick and {k: at_full(v)[:max(1, len(v))] if k == "data" else v for k, v in claim.quick.items() if k != "settings"})
+
+def home_of(
+    method: str,  # registered method
+) -> Claim:  # the first claim that has it as an arm, its own paper's first; None if there is none
+    "Where a method is at home: which data, protocol and backbone it is usually run with."
+    from promptbook.learn import METHODS
+    load_chapters()
+    having = [c for c in CLAIMS.values() if any(a.method == method for a in c.arms)]
+    own = [c for c in having if method in METHODS and c.paper == METHODS[method].paper]
+    return (own or having or [None])[0]
 
 # %% ../nbs/06_experiment.ipynb #2d87eb51
 def variant(

@@ -205,7 +205,7 @@ class TrainingSet(Dataset):
             table[rows[missing]] = self.method.frozen_features(source[missing])
         return inputs, labels, table[rows]
 
-# %% ../nbs/04_learn.ipynb #d293df66
+# %% ../nbs/04_learn.ipynb #7b403ad9
 @dataclass
 class Run:
     "A fit in progress, as hooks see it."
@@ -226,6 +226,14 @@ def _own_parameters(method):
     if {id(p) for g in groups.values() for p in g} != {id(p) for p in trained(method).values()}: raise ValueError("The method's groups must hold every parameter that trains, and no other.")
     return groups
 
+def _place(method, device) -> bool:
+    "Move a method to its device. True when its backbone is spread over several devices: then that stays, and only the rest joins the backbone's first device."
+    model = getattr(method, _prefix(method).rstrip("."), None)
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2: method.to(device); return False
+    for name, tensor in [*method.named_parameters(), *method.named_buffers()]:
+        if not name.startswith(_prefix(method)): tensor.data = tensor.data.to(model.device)
+    return True
+
 def process_state() -> PartialState:  # .num_processes, .process_index, .is_main_process, .wait_for_everyone()
     "This process among those of `accelerate launch`; with ACCELERATE_USE_CPU=true they run on the CPU."
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -238,7 +246,7 @@ def _accelerator(settings):
         raise ValueError(f"A batch of {settings.batch} cannot be shared by {accelerator.num_processes} processes: make it a multiple.")
     return accelerator
 
-# %% ../nbs/04_learn.ipynb #91634a6d
+# %% ../nbs/04_learn.ipynb #663568d5
 def fit(
     method,                    # a PromptedCLIP, a PromptedLM, or any module with prepare(images), or training_set(split, settings, seed), and forward(…) -> {"loss": …}
     split: Split,              # training images or texts with what to answer
@@ -254,14 +262,15 @@ def fit(
     accelerator, rates = _accelerator(settings), getattr(method, "rates", {})
     parameters = [{"params": list(group), "base": rates.get(name, settings.lr)} for name, group in _own_parameters(method).items()]
     if settings.precision == "bf16": method.lower_precision(torch.bfloat16)
-    method.to(accelerator.device).text_chunk = settings.text_chunk
+    stays = _place(method, accelerator.device)
+    method.text_chunk = settings.text_chunk
     make = {"sgd": lambda: torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay),
             "adamw": lambda: torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)}
     make_set = getattr(method, "training_set", lambda *a: TrainingSet(method, *a))
     data, order = make_set(split, settings, seed), torch.Generator().manual_seed(seed)
     loader = DataLoader(data, settings.batch, shuffle=True, drop_last=len(data) >= settings.batch, collate_fn=lambda batch: batch, generator=order,
                         num_workers=0 if getattr(data, "cached", True) else settings.workers)
-    model, optimizer, loader = accelerator.prepare(method, make[settings.optimizer](), loader)
+    model, optimizer, loader = accelerator.prepare(method, make[settings.optimizer](), loader, device_placement=[not stays, True, True])
     run, hooks = Run(method, settings, optimizer, history=[]), [*getattr(method, "trajectory", ()), *hooks]
     for hook in hooks: hook.before_fit(run)
     first = _resume(checkpoint, run, hooks, order, seed)

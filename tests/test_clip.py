@@ -1,13 +1,10 @@
 """The card's checkable facts on other weights and widths, the protocols, and the exercises' checkers."""
-import json
-import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from exercises import check_solutions
 from promptbook import clip
 from promptbook.experiment import Experiment, Store, run
 from promptbook.learn import build
@@ -72,24 +69,10 @@ def test_random_context_with_words_is_refused():
 
 
 # exercises ---------------------------------------------------------------------------------------------------------
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "20_clip.ipynb"
 CHECKERS = ["check_harmonic", "check_context_slots", "check_penalty", "check_cache", "check_counts"]
 
 
-def folded_solutions():
-    text = "\n".join("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "markdown")
-    solutions = []
-    for block in re.findall(r"<summary>Solution</summary>\s*```python\n(.*?)```", text, re.S):
-        space = {"torch": torch, "F": F, "math": math}
-        exec(block, space)
-        solutions.append(space["answer"])
-    return solutions
-
-
-def test_every_folded_solution_passes_its_checker():
-    solutions = folded_solutions()
-    assert len(solutions) == len(CHECKERS)
-    for name, solution in zip(CHECKERS, solutions): getattr(clip, name)(solution)
+def test_every_folded_solution_passes_its_checker(): check_solutions(clip, CHECKERS, "20_clip")
 
 
 unit = lambda x: x / x.norm(dim=-1, keepdim=True)

@@ -1,7 +1,5 @@
 """The cards' checkable facts on other weights and widths, both versions of every penalty, clear errors, and the exercises' checkers."""
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from exercises import check_solutions
 from promptbook import consistency
 from promptbook.consistency import BottleneckAdapter, DescriptionTeacher, FeatureShift, GrowRatio, PromptShift, SurgeryAdapter, find_descriptions, gram_norm
 from promptbook.experiment import find_claim
@@ -183,24 +182,10 @@ def test_partial_correlation_refuses_a_constant():
 
 
 # exercises ---------------------------------------------------------------------------------------------------------
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "22_consistency.ipynb"
 CHECKERS = ["check_consistency", "check_adapter", "check_expected_penalty", "check_gram", "check_ratio_schedule"]
 
 
-def folded_solutions():
-    text = "\n".join("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
-    solutions = []
-    for block in re.findall(r"<summary>Solution</summary>\s*```python\n(.*?)```", text, re.S):
-        space = {"torch": torch, "F": F}
-        exec(block, space)
-        solutions.append(space["answer"])
-    return solutions
-
-
-def test_every_folded_solution_passes_its_checker():
-    solutions = folded_solutions()
-    assert len(solutions) == len(CHECKERS)
-    for name, solution in zip(CHECKERS, solutions): getattr(consistency, name)(solution)
+def test_every_folded_solution_passes_its_checker(): check_solutions(consistency, CHECKERS, "22_consistency")
 
 
 def late(epochs, start, rate, norms):

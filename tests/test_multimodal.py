@@ -1,13 +1,10 @@
 """MaPLe and PromptSRC: the cards' checkable facts on other weights and widths, settings per protocol, clear errors, and the exercises' checkers."""
-import json
-import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from exercises import check_solutions
 from promptbook import multimodal
 from promptbook.experiment import CLAIMS
 from promptbook.learn import METHODS, build, fit
@@ -133,24 +130,10 @@ def test_averages_need_as_many_weights_as_epochs():
 
 
 # exercises ---------------------------------------------------------------------------------------------------------
-NOTEBOOK = Path(__file__).parent.parent / "nbs" / "21_multimodal.ipynb"
 CHECKERS = ["check_replacement", "check_coupling_gradient", "check_epoch_weights", "check_logit_distance", "check_teacher"]
 
 
-def folded_solutions():
-    text = "\n".join("".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "markdown")
-    solutions = []
-    for block in re.findall(r"<summary>Solution</summary>\s*```python\n(.*?)```", text, re.S):
-        space = {"torch": torch, "F": F, "math": math}
-        exec(block, space)
-        solutions.append(space["answer"])
-    return solutions
-
-
-def test_every_folded_solution_passes_its_checker():
-    solutions = folded_solutions()
-    assert len(solutions) == len(CHECKERS)
-    for name, solution in zip(CHECKERS, solutions): getattr(multimodal, name)(solution)
+def test_every_folded_solution_passes_its_checker(): check_solutions(multimodal, CHECKERS, "21_multimodal")
 
 
 def gaussian(E, mean, std, first=1, normal=True):
