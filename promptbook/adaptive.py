@@ -166,11 +166,11 @@ class InstructionPrompts(LMSource):
         curves = list(self.generators.activations.parameters())
         return {"generators": [p for p in self.parameters() if not any(p is q for q in curves)], "activations": curves}
 
-# %% ../nbs/16_adaptive.ipynb #b3bf131e
+# %% ../nbs/16_adaptive.ipynb #a0687a14
 _tiny = FitSettings(epochs=4, lr=.01, batch=16, optimizer="adamw", schedule="linear", clip=1., weight_decay=0.)
 _full = FitSettings(epochs=3, lr=1e-4, batch=16, optimizer="adamw", schedule="linear", clip=1., weight_decay=0., precision="bf16")
 
-@register("iapt", "IAPT", "iapt", _tiny, _full)
+@register("iapt", "IAPT", "iapt", _tiny, _full, host="language")
 def iapt(backbone, classes, template, *, length=4, width=0, pooling="attention", activation="rational", activations="own", sharing=1, reads="instruction"):
     "Prompts generated from the instruction, in every layer (IAPT card, Algorithm)."
     return PromptedLM(backbone, InstructionPrompts(backbone, length, reads, width=width or None, pooling=pooling, activation=activation, activations=activations, sharing=sharing))
@@ -563,7 +563,7 @@ def task_mix_protocol(experiment, progress=None):
     found = answer_accuracy(method, mix["test"])
     return {"accuracy": found.pop("all"), "new_wording": answer_accuracy(method, mix["new wording"])["all"], "val": answer_accuracy(method, mix["val"])["all"], **{f"on {k}": v for k, v in found.items()}, **about}
 
-# %% ../nbs/16_adaptive.ipynb #aa125a79
+# %% ../nbs/16_adaptive.ipynb #8b1afb58
 FULL_CAUSAL = "huggyllama/llama-7b"                                   # of the class of the paper's backbone, and open
 _mix_training = {"epochs": 5, "train": 80, "batch": 16, "optimizer": "adamw", "schedule": "linear", "clip": 1., "weight_decay": 0.}
 def _generated(name, **settings): return Arm(name, "iapt", settings | _mix_training, grid={"lr": [.003, .01, .03]})
@@ -571,8 +571,8 @@ def _generated(name, **settings): return Arm(name, "iapt", settings | _mix_train
 IAPT = register_claim(Claim(
     "iapt", "iapt",
     "Four prompt rows a layer, computed from the instruction by small generators with learned activations, beat static prompts and LoRA at a comparable number of parameters.",
-    arms=[Arm("prompt tuning, 20", "prompt-tuning", {"length": 20, **_mix_training}, grid={"lr": [.03, .1, .3]}), Arm("deep prompts, 4", "deep-prompts", {"length": 4, **_mix_training}, grid={"lr": [.01, .03, .1]}),
-          Arm("deep prompts, equal size", "deep-prompts", {"length": 21, **_mix_training}, grid={"lr": [.01, .03, .1]}), Arm("LoRA, equal size", "lora", {"rank": 5, "alpha": 10, "targets": "qv", **_mix_training}, grid={"lr": [.001, .003, .01]}),
+    arms=[Arm("prompt tuning, 20", "prompt-tuning", {"length": 20, **_mix_training}, grid={"lr": [.03, .1, .3]}, full={"length": 20}), Arm("deep prompts, 4", "deep-prompts", {"length": 4, **_mix_training}, grid={"lr": [.01, .03, .1]}, full={"length": 4}),
+          Arm("deep prompts, equal size", "deep-prompts", {"length": 21, **_mix_training}, grid={"lr": [.01, .03, .1]}, full={"length": 512}), Arm("LoRA, equal size", "lora", {"rank": 5, "alpha": 10, "targets": "qv", **_mix_training}, grid={"lr": [.001, .003, .01]}, full={"rank": 128, "alpha": 256, "targets": "qv"}),
           _generated("IAPT"), _generated("reads nothing", reads="constant"), _generated("GELU", activation="gelu"), _generated("ReLU", activation="relu"), _generated("identity", activation="identity"),
           _generated("one activation", activations="shared"), _generated("mean pooling", pooling="mean"), _generated("shared, equal size", sharing=5, width=49)],
     data=["mix:renamed tasks"], protocol="task-mix", metric="accuracy", backbone="tiny-gpt", full_backbone=FULL_CAUSAL, full_data=["mix:superglue:boolq+glue:rte+glue:sst2+glue:mrpc"], seeds=[1, 2, 3, 4, 5], tuning_seeds=[101], tuning_metric="val",
@@ -728,23 +728,23 @@ class InContext(PromptedLM):
 
     def questions(self, items): return [question_tokens(self.backbone, item, self.form, self.last) for item in items]
 
-# %% ../nbs/16_adaptive.ipynb #ad6fb1e5
+# %% ../nbs/16_adaptive.ipynb #730cfa36
 _few = FitSettings(epochs=10, lr=.003, batch=4, optimizer="adamw", schedule="constant", weight_decay=0.)
 _few_full = FitSettings(epochs=5, lr=1e-4, batch=1, optimizer="adamw", schedule="constant", weight_decay=0., precision="bf16")
 
 def _form_of(template): return template if "{label}" in (template or "") else FORMS[1]
 
-@register("cpt", "CPT", "cpt", _few, _few_full, published={"radius": .2, "format_radius": .1, "decay": .95})
+@register("cpt", "CPT", "cpt", _few, _few_full, published={"radius": .2, "format_radius": .1, "decay": .95}, host="language")
 def cpt(backbone, classes, template, *, demonstrations=None, radius=.1, format_radius=None, decay=.95, context_loss=True, free_labels=False, direction="descend"):
     "Context-aware prompt tuning (CPT card, Algorithm)."
     return InContext(backbone, _form_of(template), demonstrations, radius=radius, format_radius=format_radius, decay=decay, context_loss=context_loss, free_labels=free_labels, direction=direction)
 
-@register("in-context", "in-context learning", "cpt", replace(_few, epochs=0), replace(_few_full, epochs=0))
+@register("in-context", "in-context learning", "cpt", replace(_few, epochs=0), replace(_few_full, epochs=0), host="language")
 def in_context(backbone, classes, template, *, demonstrations=None):
     "The demonstrations as they are (CPT card, needs_baselines)."
     return InContext(backbone, _form_of(template), demonstrations, tune=False)
 
-@register("ipt", "instruction prompt tuning", "cpt", _few, _few_full)
+@register("ipt", "instruction prompt tuning", "cpt", _few, _few_full, host="language")
 def ipt(backbone, classes, template, *, demonstrations=None, length=20):
     "Free rows in front of frozen demonstrations (CPT card, needs_baselines)."
     return InContext(backbone, _form_of(template), demonstrations, soft=length)
@@ -974,7 +974,7 @@ def in_context_protocol(experiment, progress=None):
     mean = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
     return {**mean, "gap": mean["train_accuracy"] - mean["accuracy"], "gain": mean["accuracy"] - mean["in_context"], **about_training(method, training)}
 
-# %% ../nbs/16_adaptive.ipynb #14ee7e3c
+# %% ../nbs/16_adaptive.ipynb #9f3c6727
 _few_training = {"epochs": 10, "batch": 4, "optimizer": "adamw", "schedule": "constant", "weight_decay": 0., "clip": 0., "shots": 2, "more": 4, "draws": 6}
 _ball = {"radius": [.3, 1., 3.]}
 def _context(name, grid=_ball, lr=.003, **settings): return Arm(name, "cpt", _few_training | settings | ({} if grid and "lr" in grid else {"lr": lr}), grid=grid)
@@ -982,7 +982,7 @@ def _context(name, grid=_ball, lr=.003, **settings): return Arm(name, "cpt", _fe
 CPT = register_claim(Claim(
     "cpt", "cpt",
     "Embeddings of the demonstrations, refined inside a small ball with fixed labels and a loss on the context's labels, classify better than the demonstrations as text, than prompt tuning, instruction prompt tuning and LoRA, and overfit less.",
-    arms=[Arm("in-context learning", "in-context", _few_training | {"epochs": 0}), Arm("in-context learning, all examples", "in-context", _few_training | {"epochs": 0, "shots": 6, "more": 0}), Arm("prompt tuning", "prompt-tuning", {"length": 20, **_few_training}, grid={"lr": [.01, .03, .1]}),
+    arms=[Arm("in-context learning", "in-context", _few_training | {"epochs": 0}), Arm("in-context learning, all examples", "in-context", _few_training | {"epochs": 0, "shots": 6, "more": 0}), Arm("prompt tuning", "prompt-tuning", {"length": 20, **_few_training}, grid={"lr": [.01, .03, .1]}, full={"length": 20, "shots": 2, "more": 4, "draws": 6}),
           Arm("IPT", "ipt", _few_training, grid={"lr": [.003, .01, .03]}), Arm("LoRA", "lora", {"rank": 2, "targets": "qv", **_few_training}, grid={"lr": [.001, .003, .01]}),
           _context("CPT"), _context("published radius", {"lr": [.001, .003, .01]}, radius=.1), _context("no projection", {"lr": [.001, .003, .01]}, radius=0.), _context("no context loss", context_loss=False),
           _context("trained on its demonstrations", more=0), _context("labels free", free_labels=True), _context("no decay", decay=1.), _context("ascending", None, direction="ascend", radius=1.)],
@@ -1226,33 +1226,33 @@ class Compression(Neighbours):
 
     def decide(self, texts): return replace(super().decide(texts), rows=0., passes=0.)
 
-# %% ../nbs/16_adaptive.ipynb #e3f4ffbe
+# %% ../nbs/16_adaptive.ipynb #c65cc1fc
 _sectors = FitSettings(epochs=12, lr=.01, batch=16, optimizer="adamw", schedule="exponential", clip=1., weight_decay=.01)
 _sectors_full = FitSettings(epochs=18, lr=1.9e-3, batch=8, accumulate=4, optimizer="adamw", schedule="exponential", clip=1., weight_decay=.24, precision="bf16")
 
-@register("ptec", "PTEC", "ptec", _sectors, _sectors_full, published={"length": 183, "prompt_lr": 5.3e-4})
+@register("ptec", "PTEC", "ptec", _sectors, _sectors_full, published={"length": 183, "prompt_lr": 5.3e-4}, host="language")
 def ptec(backbone, classes, template, *, length=16, start="labels", weighted=True, train="both", prompt_lr=.003, readout=None):
     "Prompt-tuned embedding classification (PTEC card, Algorithm); `prompt_lr` 0 gives prompt and head one rate."
     method = PTEC(backbone, classes, template, length, start, weighted, train, readout)
     method.rates = {"prompt": prompt_lr} if prompt_lr else {}
     return method
 
-@register("label-writing", "text-to-text", "ptec", replace(_sectors, lr=.03, schedule="linear"), replace(_sectors_full, lr=.49, schedule="linear", weight_decay=0.), published={"length": 171, "most": 75})
+@register("label-writing", "text-to-text", "ptec", replace(_sectors, lr=.03, schedule="linear"), replace(_sectors_full, lr=.49, schedule="linear", weight_decay=0.), published={"length": 171, "most": 75}, host="language")
 def label_writing(backbone, classes, template, *, length=16, start="labels", decoding="free", order="frequency", most=24, shots=0):
     "A soft prompt that makes the model write labels; with `length` 0 and `shots` the model is only asked."
     return LabelWriter(backbone, classes, template, length, start, decoding, order, most, shots)
 
-@register("linear-head", "linear head", "ptec", replace(_sectors, epochs=300, batch=64, lr=.01, schedule="constant", weight_decay=0.), replace(_sectors, epochs=1000, batch=64, lr=.01, schedule="constant", weight_decay=0.))
+@register("linear-head", "linear head", "ptec", replace(_sectors, epochs=300, batch=64, lr=.01, schedule="constant", weight_decay=0.), replace(_sectors, epochs=1000, batch=64, lr=.01, schedule="constant", weight_decay=0.), host="language")
 def linear_head(backbone, classes, template, *, readout="mean", weighted=False):
     "A linear layer on frozen embeddings (PTEC card, needs_baselines); `weighted` gives it PTEC's loss."
     return LinearHead(backbone, classes, template, readout, weighted)
 
-@register("neighbours", "kNN", "ptec", replace(_sectors, epochs=0), replace(_sectors, epochs=0))
+@register("neighbours", "kNN", "ptec", replace(_sectors, epochs=0), replace(_sectors, epochs=0), host="language")
 def neighbours(backbone, classes, template, *, readout="mean", by="count"):
     "Vote of the nearest training texts (PTEC card, needs_baselines)."
     return Neighbours(backbone, classes, template, readout, by)
 
-@register("gzip", "gzip-kNN", "ptec", replace(_sectors, epochs=0), replace(_sectors, epochs=0))
+@register("gzip", "gzip-kNN", "ptec", replace(_sectors, epochs=0), replace(_sectors, epochs=0), host="language")
 def gzip_neighbours(backbone, classes, template):
     "Vote of the nearest training texts under gzip's distance (PTEC card, needs_baselines)."
     return Compression(backbone, classes, template)
@@ -1467,7 +1467,7 @@ def unweighted(
     "Confidence with the weights' pull taken out: the probability p for which pi p / (pi p + 1 - p) is the confidence."
     return confidence / (confidence + positive.cpu() * (1 - confidence)).clamp(min=1e-12)
 
-# %% ../nbs/16_adaptive.ipynb #e38279c1
+# %% ../nbs/16_adaptive.ipynb #fb46b282
 _labels_training = {"epochs": 8, "batch": 16}
 def _ptec_arm(name, **settings): return Arm(name, "ptec", settings | _labels_training, grid={"lr": [.01, .03, .1]})
 def _writer_arm(name, **settings): return Arm(name, "label-writing", settings | _labels_training, grid={"lr": [.01, .03, .1]})
@@ -1484,7 +1484,7 @@ _labels_quick = dict(arms=["PTEC", "linear head, weighted", "kNN"], seeds=2, set
 PTEC_CLAIM = register_claim(Claim(
     "ptec", "ptec", "A linear multi-label head behind a soft prompt beats prompt-tuned writing of labels, free or along a trie, in macro-F1, ranking and cost, and beats heads and neighbours on frozen embeddings.",
     arms=[_ptec_arm("PTEC"), _ptec_arm("PTEC, no weights", weighted=False), _ptec_arm("PTEC, one rate", prompt_lr=0), _ptec_arm("PTEC, random start", start="random"), _ptec_arm("PTEC, head only", train="head"),
-          *_written, _writer_arm("text-to-text, rare first", order="rarity"), Arm("examples and trie", "label-writing", {"length": 0, "shots": 2, "decoding": "trie", "epochs": 0}), *_heads],
+          *_written, _writer_arm("text-to-text, rare first", order="rarity"), Arm("examples and trie", "label-writing", {"length": 0, "shots": 2, "decoding": "trie", "epochs": 0}, full={"length": 0, "shots": 2, "decoding": "trie"}), *_heads],
     data=["scenes"], protocol="multi-label", metric="macro_f1", backbone="tiny-gpt", full_backbone="bigscience/bloom-1b7", full_data=["go_emotions"], seeds=[1, 2, 3, 4, 5], tuning_seeds=[101], tuning_metric="val_macro_f1",
     comparisons=[*_beats(["text-to-text"], "macro_f1", "ap", "rows"), Comparison("text-to-text, trie", "text-to-text", "macro_f1"), Comparison("text-to-text", "text-to-text, rare first", "macro_f1"),
                  *_beats(["linear head", "linear head, weighted", "kNN", "PTEC, head only", "PTEC, one rate", "PTEC, no weights", "PTEC, random start"], "macro_f1"), *_beats(["linear head, weighted"], "ap")],

@@ -332,7 +332,7 @@ def _resume(path, run, hooks, order, seed) -> int:
     run.history = json.loads(state["history"])
     return state["epoch"]
 
-# %% ../nbs/04_learn.ipynb #0df6ee40
+# %% ../nbs/04_learn.ipynb #12a6c50a
 METHODS = {}
 
 @dataclass(frozen=True)
@@ -347,6 +347,7 @@ class MethodSpec:
     full: FitSettings          # training as published, for real CLIP
     new_classes: bool = True   # can it classify classes it was not trained on?
     published: object = None   # function (protocol, data) -> settings the paper used there, of method and training; applied at full scale
+    host: str = "clip"         # what it prompts: "clip", or "language" for language models and text encoders
 
 def register(
     name: str,                 # short name
@@ -356,15 +357,16 @@ def register(
     full: FitSettings,         # training as published
     new_classes: bool = True,  # False: only for the classes it was trained on
     published=None,            # settings of the paper at full scale: a dictionary, or a function (protocol, data) -> dictionary
+    host: str = "clip",        # "clip", or "language"
 ):                             # decorator
     "Register the decorated function as a method; its keyword-only arguments become the method's settings."
     def wrap(build):
         defaults = {k: p.default for k, p in inspect.signature(build).parameters.items() if p.kind is p.KEYWORD_ONLY}
-        METHODS[name] = MethodSpec(name, title, paper, build, defaults, tiny, full, new_classes, published if callable(published) else lambda protocol, data: dict(published or {}))
+        METHODS[name] = MethodSpec(name, title, paper, build, defaults, tiny, full, new_classes, published if callable(published) else lambda protocol, data: dict(published or {}), host)
         return build
     return wrap
 
-# %% ../nbs/04_learn.ipynb #03df5544
+# %% ../nbs/04_learn.ipynb #eeb5053c
 def method_spec(name: str) -> MethodSpec:
     "Look a method up. Raises ValueError naming the closest ones."
     if name in METHODS: return METHODS[name]
@@ -373,16 +375,19 @@ def method_spec(name: str) -> MethodSpec:
 
 def build(
     name: str,                 # a registered method
-    backbone,                  # Backbone
+    backbone,                  # Backbone or LanguageBackbone
     classes,                   # class names
     template: str = "a photo of a {}.",  # the data set's hand-written sentence
     seed: int = 0,             # initialisation
     **settings,                # the method's own settings
 ):                             # the method, untrained
-    "Build a registered method. Raises ValueError for an unknown method or setting."
+    "Build a registered method. Raises ValueError for an unknown method or setting, and for a backbone of the other kind."
     spec = method_spec(name)
     unknown = set(settings) - set(spec.defaults)
     if unknown: raise ValueError(f"'{name}' has no setting '{sorted(unknown)[0]}'; it has {', '.join(spec.defaults) or 'none'}.")
+    if (spec.host == "language") != hasattr(backbone, "kind"):
+        wanted = "a language model, such as tiny-t5 or tiny-gpt" if spec.host == "language" else "a CLIP, such as tiny-clip"
+        raise ValueError(f"'{name}' prompts {wanted}, and '{backbone.name}' is none.")
     torch.manual_seed(seed)
     method = spec.build(backbone, classes, template, **{**spec.defaults, **settings})
     method.identity = dict(method=name, backbone=backbone.name, classes=list(classes), template=template, settings=settings)

@@ -216,19 +216,19 @@ def soft_prompt(backbone, length, start, words, answers, std=.02):
     "Free rows with one of the starts; None for no rows."
     return SoftPrompt(backbone, rows=start_rows(backbone, length, start, words, answers, std)) if length else None
 
-# %% ../nbs/15_soft.ipynb #a8bd2c09
+# %% ../nbs/15_soft.ipynb #44967095
 TINY = FitSettings(epochs=8, lr=.3, batch=32, optimizer="adamw", schedule="linear", weight_decay=0.)
-for _name, _colour, _mark in (("prompt tuning", "blue", "o"), ("P-tuning", "teal", "v"), ("residual prompt tuning", "red", "s"), ("deep prompts", "pink", "D"), ("prefix tuning", "gold", "P"), ("LoRA", "green", "^"), ("full fine-tuning", "#808080", "X"),
-                              ("DePT", "orange", "D"), ("EPT", "violet", "*")): register_style(_name.lower().replace(" ", "-"), _colour, _mark)
+for _name, _colour, _mark in (("prompt tuning", "blue", "s"), ("P-tuning", "teal", "s"), ("residual prompt tuning", "red", "D"), ("deep prompts", "pink", "s"), ("prefix tuning", "gold", "o"), ("LoRA", "green", "s"), ("full fine-tuning", "violet", "s"),
+                              ("DePT", "orange", "D"), ("EPT", "violet", "o")): register_style(_name.lower().replace(" ", "-"), _colour, _mark)
 FULL = FitSettings(epochs=1, lr=.3, batch=32, optimizer="adamw", schedule="linear", weight_decay=0.)     # the number of steps decides, see `OPTIONS`
 
-@register("prompt-tuning", "prompt tuning", "dept", TINY, FULL, published={"length": 100})
+@register("prompt-tuning", "prompt tuning", "dept", TINY, FULL, published={"length": 100}, host="language")
 def prompt_tuning(backbone, answers, template, *, length=20, start="vocabulary", std=.02):
     "Free rows in front of the text (Lester et al., 2021)."
     if length < 1: raise ValueError(f"A soft prompt needs at least one row, not {length}.")
     return PromptedLM(backbone, soft_prompt(backbone, length, start, template, answers, std))
 
-@register("frozen", "the frozen model", "dept", replace(TINY, epochs=0), replace(FULL, epochs=0))
+@register("frozen", "the frozen model", "dept", replace(TINY, epochs=0), replace(FULL, epochs=0), host="language")
 def frozen(backbone, answers, template):
     "The model as it is."
     return PromptedLM(backbone)
@@ -436,13 +436,13 @@ class ResidualPrompt(LMSource):
 
     def forward(self, batch=None, embeddings=None): return LMPrompts(prepend=self.vectors + self.mlp(self.vectors))
 
-# %% ../nbs/15_soft.ipynb #e6d826e6
-@register("p-tuning", "P-tuning", "dept", replace(TINY, lr=.003), replace(FULL, lr=.001), published={"length": 100})
+# %% ../nbs/15_soft.ipynb #4903726b
+@register("p-tuning", "P-tuning", "dept", replace(TINY, lr=.003), replace(FULL, lr=.001), published={"length": 100}, host="language")
 def p_tuning(backbone, answers, template, *, length=20, start="vocabulary", hidden=0, encoder="lstm"):
     "Rows written by a network (Liu et al., 2021)."
     return PromptedLM(backbone, EncodedPrompt(start_rows(backbone, length, start, template, answers), hidden or None, encoder))
 
-@register("residual-prompt", "residual prompt tuning", "ept", TINY, FULL, published={"length": 100, "bottleneck": 250})
+@register("residual-prompt", "residual prompt tuning", "ept", TINY, FULL, published={"length": 100, "bottleneck": 250}, host="language")
 def residual_prompt(backbone, answers, template, *, length=8, bottleneck=16, start="vocabulary", norm=True, module_lr=.003):
     "Rows and one MLP on them (Razdaibiedina et al., 2023)."
     method = PromptedLM(backbone, GroupedResidual(start_rows(backbone, length, start, template, answers), bottleneck, norm))
@@ -453,12 +453,12 @@ class GroupedResidual(ResidualPrompt):
     "With a learning rate of its own for the MLP."
     def groups(self): return {"prompt": [self.vectors], "modules": list(self.mlp.parameters())}
 
-@register("deep-prompts", "deep prompts", "dept", TINY, replace(FULL, lr=.01), published={"length": 20})
+@register("deep-prompts", "deep prompts", "dept", TINY, replace(FULL, lr=.01), published={"length": 20}, host="language")
 def deep_prompts(backbone, answers, template, *, length=8, depth=0):
     "New rows at every layer (P-tuning v2; Liu et al., 2022)."
     return PromptedLM(backbone, DeepPrompts(backbone, length, depth or None))
 
-@register("prefix-tuning", "prefix tuning", "dept", replace(TINY, lr=.03), replace(FULL, lr=.001), published={"length": 100, "hidden": 512})
+@register("prefix-tuning", "prefix tuning", "dept", replace(TINY, lr=.03), replace(FULL, lr=.001), published={"length": 100, "hidden": 512}, host="language")
 def prefix_tuning(backbone, answers, template, *, length=8, hidden=0):
     "New keys and values in every layer (Li and Liang, 2021); with `hidden` an MLP writes them while training."
     return PromptedLM(backbone, PrefixMemory(backbone, length, hidden or None))
@@ -502,8 +502,8 @@ def merged(method: TunedLM) -> PromptedLM:  # the same answers, no extra work
         if hasattr(module, "lora_A"): module.merge()
     return method
 
-# %% ../nbs/15_soft.ipynb #08e1e353
-@register("lora", "LoRA", "dept", replace(TINY, lr=.01), replace(FULL, lr=3e-4), published={"rank": 8, "targets": "qv"})
+# %% ../nbs/15_soft.ipynb #aeec5fa7
+@register("lora", "LoRA", "dept", replace(TINY, lr=.01), replace(FULL, lr=3e-4), published={"rank": 8, "targets": "qv"}, host="language")
 def lora(backbone, answers, template, *, rank=1, alpha=8, targets="v"):
     "Low-rank changes of attention weights through PEFT (Hu et al., 2021); targets: 'v', or 'qv'."
     if targets not in ("v", "qv"): raise ValueError(f"targets is 'v' or 'qv', not '{targets}'.")
@@ -511,7 +511,7 @@ def lora(backbone, answers, template, *, rank=1, alpha=8, targets="v"):
     names = {"t5": {"q": "q", "v": "v"}, "gpt2": {"q": "c_attn", "v": "c_attn"}, "bloom": {"q": "query_key_value", "v": "query_key_value"}}.get(kind, {"q": "q_proj", "v": "v_proj"})
     return TunedLM(backbone, lambda model: low_rank(model, rank, alpha, sorted({names[t] for t in targets})))
 
-@register("full-tuning", "full fine-tuning", "dept", replace(TINY, lr=.001), replace(FULL, lr=1e-4))
+@register("full-tuning", "full fine-tuning", "dept", replace(TINY, lr=.001), replace(FULL, lr=1e-4), host="language")
 def full_tuning(backbone, answers, template):
     "Every weight trains."
     return TunedLM(backbone, lambda model: dict(model.float().named_parameters()))
@@ -588,13 +588,13 @@ class DecomposedPrompt(LMSource):
         made = {"prompt": [] if self.prompt is None else [self.prompt.vectors], "offset": [p for p in (self.A, self.B) if p is not None and p.requires_grad]}
         return {name: p for name, p in made.items() if p}
 
-# %% ../nbs/15_soft.ipynb #781f50f4
+# %% ../nbs/15_soft.ipynb #5bec9a4b
 def _dept_published(protocol, data):
     "Sixty rows and rank 30 at 256 positions; MultiRC reads 348 (DePT card, Settings)."
     positions = 348 if data == "superglue:multirc" else 256
     return {"length": 100, "short": 60, "rank": 30, "positions": positions, "offset_lr": 5e-4, "lr": .3, "start": "words", **({"pad": positions} if positions != 256 else {})}
 
-@register("dept", "DePT", "dept", TINY, FULL, published=_dept_published)
+@register("dept", "DePT", "dept", TINY, FULL, published=_dept_published, host="language")
 def dept(backbone, answers, template, *, length=20, short=8, rank=None, positions=32, start="vocabulary", offset_lr=.01, alpha=8, train_a=True):
     "Decomposed prompt tuning (DePT card, Algorithm); `length` is l of the prompt tuning it is matched to, `offset_lr` None gives one learning rate for all."
     rank = dept_rank(length, short, positions, backbone.width) if rank is None else rank
@@ -731,7 +731,7 @@ class EPTPrompt(FusedPrompt):
         modules = [p for p in (self.query, self.key, self.down_value, self.up_value, self.down, self.up, self.gate) if p is not None]
         return {**super().groups(), **({"modules": modules} if modules else {})}
 
-# %% ../nbs/15_soft.ipynb #51c28e25
+# %% ../nbs/15_soft.ipynb #038edcd8
 @torch.no_grad()
 def svd_start(
     source: DecomposedPrompt,  # whose A and B are set
@@ -746,7 +746,7 @@ def svd_start(
 
 _ept_full = {"short": 60, "rank": 30, "positions": 256, "fusion": 16, "spaces": 4, "bottleneck": 16, "offset_lr": 5e-4, "lr": .3, "start": "words"}
 
-@register("ept", "EPT (reconstruction)", "ept", TINY, FULL, published=_ept_full)
+@register("ept", "EPT (reconstruction)", "ept", TINY, FULL, published=_ept_full, host="language")
 def ept(backbone, answers, template, *, short=8, rank=3, positions=32, fusion=2, spaces=4, bottleneck=2, gate="learned", combine="mean", values="identity", start="vocabulary", factors="zero", share=.01, offset_lr=.01):
     "Efficient prompt tuning, reconstructed (EPT card, Algorithm); factors: 'zero' (B = 0) or 'svd'."
     if factors not in ("zero", "svd"): raise ValueError(f"factors start as 'zero' or 'svd', not '{factors}'.")

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from promptbook.experiment import load_chapters
+from promptbook.lm import random_backbone
 from promptbook.learn import METHODS, build, fit, load_method, save_method, trained
 from promptbook.measure import tensor_hash
 from promptbook.universe import few_shot, load_data
 from promptbook.zoo import load
 
 load_chapters()
-NAMES = sorted(METHODS)
+NAMES = sorted(n for n in METHODS if METHODS[n].host == "clip")
+LANGUAGE = sorted(set(METHODS) - set(NAMES))
 DATA = load_data("textures")
 SHOTS = few_shot(DATA.train, 2, seed=0)
 IMAGES = DATA.test.images[::16]
@@ -26,6 +28,16 @@ def trained_method(name, seed=0, epochs=2):
     if trained(method): fit(method, SHOTS, replace(METHODS[name].tiny, epochs=epochs, batch=8, views=2), seed)
     if hasattr(method, "finish"): method.finish(few_shot(DATA.val, 1, seed=0))
     return method
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_methods_for_texts_need_a_language_model(name):
+    with pytest.raises(ValueError, match=f"'{name}' prompts a language model, such as tiny-t5 or tiny-gpt, and 'tiny-clip' is none"): build(name, load("tiny-clip"), ("a", "b"))
+    assert build(name, random_backbone("llama"), ("a", "b"), "").identity["method"] == name
+
+
+def test_methods_for_pictures_need_a_clip():
+    with pytest.raises(ValueError, match="'coop' prompts a CLIP, such as tiny-clip, and 'random llama' is none"): build("coop", random_backbone("llama"), ("a", "b"))
 
 
 @pytest.fixture(scope="module")
