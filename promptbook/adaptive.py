@@ -7,8 +7,8 @@ __all__ = ['FIXED', 'SERVING', 'SERVING_OPTIONS', 'MIXES', 'RENAMED', 'MIX_OPTIO
            'iapt_count', 'Rows', 'check_rational', 'check_iapt', 'written_rows', 'check_iapt_reads_the_instruction',
            'check_iapt_gradients', 'Tenants', 'Branches', 'merged_user', 'serve', 'tenants_of', 'check_serving',
            'serving_ways', 'serving_costs', 'wide_backbone', 'check_serving_experiment', 'serving_protocol', 'Asked',
-           'wordings_of', 'mix_tasks', 'task_mix', 'answer_accuracy', 'resolve_settings', 'about_training', 'check_mix',
-           'train_on_mix', 'task_mix_protocol', 'committed', 'demonstration_tokens', 'question_tokens', 'label_tokens',
+           'wordings_of', 'mix_tasks', 'task_mix', 'answer_accuracy', 'resolve_own', 'about_training', 'check_mix',
+           'train_on_mix', 'task_mix_protocol', 'demonstration_tokens', 'question_tokens', 'label_tokens',
            'ContextPrompt', 'compiled', 'InContext', 'cpt', 'in_context', 'ipt', 'check_cpt', 'check_cpt_loss',
            'peft_cpt', 'peft_inputs', 'check_cpt_parity', 'FewShotTask', 'few_shot_task', 'Pairs', 'as_pairs',
            'label_choice', 'choice_accuracy', 'train_few_shot', 'check_few_shot', 'in_context_protocol', 'Decisions',
@@ -20,7 +20,7 @@ __all__ = ['FIXED', 'SERVING', 'SERVING_OPTIONS', 'MIXES', 'RENAMED', 'MIX_OPTIO
            'unweighted', 'check_pooling', 'check_inner_width', 'check_projection', 'check_label_weights',
            'check_weighted_loss', 'check_macro_f1']
 
-# %% ../nbs/16_adaptive.ipynb #d7e209cc
+# %% ../nbs/16_adaptive.ipynb #056be287
 import copy
 import gzip
 import math
@@ -36,12 +36,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
-from .experiment import Arm, Claim, Comparison, Store, chosen_settings, evaluate, protocol, register_claim, shipped_folder, unknown_name, variant
+from .experiment import Arm, Claim, Comparison, protocol, register_claim, unknown_name
 from .language import ATTRIBUTES, ENGLISH, FORMS, TASKS, UNSEEN, TextData, TextSplit, episode, load_text, prompt_text
-from .learn import FitSettings, KeepBest, build, fit, method_spec, register, trained
+from .learn import FitSettings, KeepBest, build, fit, method_spec, register, resolve_settings, trained
 from .lm import (Combined, Folded, LMPrompts, LMSource, PromptedLM, SoftPrompt, TextPairs, Trie, encode, model_blocks, random_backbone, vocabulary_rows)
 from .measure import count_flops, count_parameters, tensor_hash
-from .soft import FIT_FIELDS, HUB_TEXT, HubText, backbone_of, closes_with_line, fetch_text, text_problem
+from .soft import HUB_TEXT, HubText, backbone_of, closes_with_line, fetch_text, text_problem
 from .zoo import LanguageBackbone, load
 
 # %% ../nbs/16_adaptive.ipynb #d4579b6d
@@ -452,7 +452,7 @@ def serving_protocol(experiment, progress=None):
     row = serving_costs(backbone_of(experiment, o), _users_of(experiment), o["length"], o["new"], o["rounds"], (o["way"],), experiment.seed, rank=o["rank"]).loc[o["way"]].to_dict()
     return {"read_ms": row["read"], "write_ms": row["write"], **{k: v for k, v in row.items() if k.startswith("slowdown")}}
 
-# %% ../nbs/16_adaptive.ipynb #0837d50d
+# %% ../nbs/16_adaptive.ipynb #babbc976
 @dataclass(frozen=True)
 class Asked:
     "Questions with their answers."
@@ -483,6 +483,7 @@ def _hub_rows(name, seed, sizes):
     cut = len(p.test) // 2
     return {"train": asked(p.instruction, p.train), "val": asked(p.instruction, p.val), "test": asked(p.instruction, p.test.rows(range(cut))), "new wording": asked(f"read the text and say: {p.instruction}", p.test.rows(range(cut, 2 * cut)))}
 
+# %% ../nbs/16_adaptive.ipynb #d17aac7b
 def task_mix(
     name: str,                 # "mix:new tasks", or tasks of your own: "mix:second+swap"
     seed: int,                 # draws the questions
@@ -520,35 +521,28 @@ def answer_accuracy(
     by_task = {task: [r for r, t in zip(right, asked.tasks) if t == task] for task in dict.fromkeys(asked.tasks)}
     return {**{task: 100 * sum(r) / len(r) for task, r in by_task.items()}, "all": 100 * sum(right) / len(right)}
 
-# %% ../nbs/16_adaptive.ipynb #fdd781f2
-def resolve_settings(
+# %% ../nbs/16_adaptive.ipynb #76541976
+_DEVICES, _FULL_DEVICES = {"dtype": "float32", "device_map": None}, {"dtype": "bfloat16", "device_map": "auto"}     # at full scale, models of billions of numbers
+
+def resolve_own(
     experiment,                # Experiment
     options: dict,             # the protocol's own settings and their defaults
 ) -> tuple:                    # (settings of the method, FitSettings, options)
-    "What an experiment runs with: defaults, at full scale the published settings, and the experiment's own on top. Raises ValueError for an unknown setting."
-    spec, own, options = method_spec(experiment.method), experiment.settings, {"scale": "tiny", "select": "last", "dtype": "float32", "device_map": None, **options}
-    if own.get("scale") == "full": options |= {"dtype": "bfloat16", "device_map": "auto"}     # a model of billions of numbers
-    unknown = set(own) - FIT_FIELDS - set(spec.defaults) - set(options)
-    if unknown: raise ValueError(f"'{experiment.method}' has no setting '{sorted(unknown)[0]}'; it has {', '.join([*spec.defaults, *sorted(FIT_FIELDS), *options])}.")
-    options = {k: own.get(k, v) for k, v in options.items()}
-    for name, known in (("scale", ("tiny", "full")), ("select", ("last", "val"))):
-        if options[name] not in known: raise ValueError(f"{name} is {' or '.join(repr(k) for k in known)}, not '{options[name]}'.")
-    settings = {**(spec.published(experiment.protocol, experiment.data) if options["scale"] == "full" else {}), **{k: v for k, v in own.items() if k not in options}}
-    training = replace(getattr(spec, options["scale"]), **{k: v for k, v in settings.items() if k in FIT_FIELDS})
-    return {k: v for k, v in settings.items() if k not in FIT_FIELDS}, training, options
+    "What an experiment of this chapter runs with."
+    return resolve_settings(experiment, {**_DEVICES, **options}, _FULL_DEVICES)
 
 def about_training(method, training): return {"trainable": count_parameters(method)["trainable"], "epochs": training.epochs, "lr": training.lr, "batch": training.batch}
 
-# %% ../nbs/16_adaptive.ipynb #6364aa7a
+# %% ../nbs/16_adaptive.ipynb #d681224f
 MIX_OPTIONS = {"train": 100, "test": 30}
 
 def check_mix(experiment):
     "Refuse what the protocol cannot run."
-    resolve_settings(experiment, MIX_OPTIONS); mix_tasks(experiment.data)
+    resolve_own(experiment, MIX_OPTIONS); mix_tasks(experiment.data)
 
 def train_on_mix(experiment, hooks=(), progress=False):
     "Train one adapter on all tasks of a mix: (method, parts of the mix, facts about the training)."
-    settings, training, options = resolve_settings(experiment, MIX_OPTIONS)
+    settings, training, options = resolve_own(experiment, MIX_OPTIONS)
     mix = task_mix(experiment.data, experiment.sampling_seed, options["train"], options["test"])
     method = build(experiment.method, backbone_of(experiment, options), (), "", experiment.seed, **settings)
     method.training_set = lambda split, *_: TextPairs(method, split.sources, split.targets, end=False)      # an answer ends with its line
@@ -593,11 +587,6 @@ IAPT_SERVING = register_claim(Claim(
                  Comparison("IAPT", "LoRA, merged copies", "slowdown_all", "less"), Comparison("IAPT", "LoRA, unmerged", "slowdown_read", "less"), Comparison("deep prompts", "IAPT", "slowdown_all", "less")],
     reported=[dict(what="against LoRA with one backbone and many users", number="more efficient", source="abstract")],
     departures=["Plain PyTorch on the machine named in the rows; branches of all users as batched matrix products, without a kernel made for it.", "Rank 8 on queries and values; 64 tokens read, 16 written, eight users.", "Every way is compared with the frozen model in the same turns."]))
-
-# %% ../nbs/16_adaptive.ipynb #86f4546d
-def committed(claim):
-    "Verdicts on a claim from the rows that come with the package."
-    return evaluate(variant(claim, chosen=chosen_settings(claim)[0]), Store(shipped_folder() / f"{claim.id}.jsonl", read_only=True).frame())
 
 # %% ../nbs/16_adaptive.ipynb #d285a974
 ROLES = ("separator", "input template", "input", "output template", "label")
@@ -854,7 +843,7 @@ def check_cpt_parity(backbone, form=FORMS[1], steps=4):
     assert max(v for k, v in gaps.items() if k != "delta after training") < 1e-4 and gaps["delta after training"] < 1e-3, gaps
     return gaps
 
-# %% ../nbs/16_adaptive.ipynb #e7f5780f
+# %% ../nbs/16_adaptive.ipynb #3eafbb95
 @dataclass(frozen=True)
 class FewShotTask:
     "A classification task with few examples."
@@ -867,6 +856,7 @@ class FewShotTask:
 
     def with_order(self, seed): return replace(self, demonstrations=tuple(random.Random(seed).sample(self.demonstrations, len(self.demonstrations))))
 
+# %% ../nbs/16_adaptive.ipynb #014f3315
 def _hub_split(name):
     "A set from the hub as TextData."
     p = text_problem(name, 0, 0, 0, 0)
@@ -950,19 +940,19 @@ def train_few_shot(
     if trained(method) and training.epochs: fit(method, pairs, training, seed, hooks)
     return method
 
-# %% ../nbs/16_adaptive.ipynb #99065ed6
+# %% ../nbs/16_adaptive.ipynb #b0138e54
 FEW_OPTIONS = {"shots": 4, "more": 0, "draws": 4, "test": 100, "classes": 3, "form": FORMS[1]}
 
 def check_few_shot(experiment):
     "Refuse what the protocol cannot run."
-    options = resolve_settings(experiment, FEW_OPTIONS)[2]
+    options = resolve_own(experiment, FEW_OPTIONS)[2]
     few_shot_task(experiment.data, 0, options["shots"], options["more"], 2, options["classes"], options["form"])
     if backbone_of(experiment, options).kind != "causal": raise ValueError(f"Demonstrations in the context need a causal language model, and '{experiment.backbone}' is none.")
 
 @protocol("in-context", check=check_few_shot)
 def in_context_protocol(experiment, progress=None):
     "Few examples of a new task: mean over several drawn tasks of the accuracy on the examples and on new items."
-    settings, training, o = resolve_settings(experiment, FEW_OPTIONS)
+    settings, training, o = resolve_own(experiment, FEW_OPTIONS)
     backbone, rows = backbone_of(experiment, o), []
     for draw in range(o["draws"]):
         task = few_shot_task(experiment.data, 1000 * experiment.sampling_seed + draw, o["shots"], o["more"], o["test"], o["classes"], o["form"])
@@ -1408,7 +1398,7 @@ def scene_texts(
         parts.append(TextSplit(tuple(frame.text), torch.tensor([y for _, y in rows]), frame))
     return TextData("scenes", names, *parts, True)
 
-# %% ../nbs/16_adaptive.ipynb #e6131d10
+# %% ../nbs/16_adaptive.ipynb #1d52a174
 LABEL_OPTIONS = {"instruct": True, "select": "val", "text_column": "text", "label_column": None}
 
 GO_EMOTIONS = HubText("google-research-datasets/go_emotions", "simplified", ("text",), tuple("""admiration amusement anger annoyance approval caring confusion curiosity desire disappointment disapproval disgust embarrassment excitement
@@ -1426,21 +1416,22 @@ def _emotions():
 
 def label_data(experiment):
     "The texts of a multi-label experiment. Raises ValueError when no text has several labels."
-    own = resolve_settings(experiment, LABEL_OPTIONS)[2]
+    own = resolve_own(experiment, LABEL_OPTIONS)[2]
     if experiment.data == "scenes": return scene_texts(experiment.sampling_seed)
     if experiment.data == "go_emotions": return _emotions()
     data = load_text(experiment.data, own["text_column"], own["label_column"])
     if not data.multi_label: raise ValueError(f"In '{experiment.data}' every text has one label: this protocol is for several labels a text; use text-task.")
     return data
 
+# %% ../nbs/16_adaptive.ipynb #5623beb9
 def check_labels(experiment):
     "Refuse what the protocol cannot run."
     label_data(experiment)
-    if experiment.method == "label-writing" and backbone_of(experiment, resolve_settings(experiment, LABEL_OPTIONS)[2]).kind == "encoder": raise ValueError(f"'{experiment.backbone}' is an encoder and writes no labels: use PTEC, a linear head or neighbours.")
+    if experiment.method == "label-writing" and backbone_of(experiment, resolve_own(experiment, LABEL_OPTIONS)[2]).kind == "encoder": raise ValueError(f"'{experiment.backbone}' is an encoder and writes no labels: use PTEC, a linear head or neighbours.")
 
 def train_labels(experiment, progress=False):
     "Build and train a multi-label method: (method, data, facts about the training)."
-    settings, training, options = resolve_settings(experiment, LABEL_OPTIONS)
+    settings, training, options = resolve_own(experiment, LABEL_OPTIONS)
     data = label_data(experiment)
     asked = ENGLISH[experiment.data][3] if experiment.data in ENGLISH else "name the labels of the text"
     method = build(experiment.method, backbone_of(experiment, options), data.classes, asked if options["instruct"] else "", experiment.seed, **settings)

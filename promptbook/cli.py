@@ -29,7 +29,7 @@ def _positive(text):
     if not text.isdigit() or not int(text): raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
-# %% ../nbs/09_cli.ipynb #3e932bf8
+# %% ../nbs/09_cli.ipynb #6f4f5839
 def _list(a):
     from promptbook import catalog
     answers = dict(setting(f) for f in a.filter)
@@ -40,9 +40,10 @@ def _show(a):
     print(catalog.show_text(a.paper)); return 0
 
 def _run(a):
+    from promptbook.learn import METHODS
     ex.load_chapters()
     full, home = {"scale": "full"} if a.scale == "full" else {}, ex.home_of(a.method)
-    text = home is not None and home.backbone != "tiny-clip"             # a method for texts is run as its own claim runs it
+    text = home is not None and a.method in METHODS and METHODS[a.method].host == "language"  # a method for texts is run as its own claim runs it
     backbone = a.backbone or (((home.full_backbone if text else None) or ex.FULL_BACKBONE) if full else home.backbone if text else "tiny-clip")
     data = a.data or (((home.full_data if full else None) or home.data)[0] if text else "digits")
     experiment = ex.Experiment(a.method, backbone, ex.data_name(data), a.protocol or (home.protocol if text else "base-to-new"), a.seed, full | dict(a.set or []), a.sampling_seed)

@@ -6,8 +6,8 @@ __all__ = ['PROTOCOLS', 'CHAPTERS', 'ROW_FIELDS', 'MIN_SEEDS', 'DERIVED', 'CLAIM
            'set_aside', 'rows_frame', 'Store', 'folder_fingerprint', 'data_fingerprint', 'backbone_hash',
            'is_main_process', 'end_processes', 'run', 'SweepError', 'sweep', 'Arm', 'Comparison', 'Claim',
            'register_claim', 'find_claim', 'select', 'tune', 'results_folder', 'shipped_folder', 'chosen_settings',
-           'seed_values', 'evaluate', 'Evaluation', 'data_name', 'full_arm', 'full_scale_claim', 'home_of', 'variant',
-           'reproduce', 'Ledger', 'ledger']
+           'seed_values', 'evaluate', 'Evaluation', 'shipped_rows', 'committed', 'data_name', 'full_arm',
+           'full_scale_claim', 'home_of', 'variant', 'reproduce', 'Ledger', 'ledger']
 
 # %% ../nbs/06_experiment.ipynb #7abeccc1
 import contextlib, hashlib, html, importlib, importlib.metadata, importlib.util, itertools, json, math, multiprocessing, os, platform, signal, sys, threading, time, traceback, warnings
@@ -825,7 +825,7 @@ def _show(mean, low, high, signed=False):
 
 def _count(value): return "–" if value != value else f"{value:,.0f}"
 
-# %% ../nbs/06_experiment.ipynb #29945a3c
+# %% ../nbs/06_experiment.ipynb #852420a3
 @dataclass(frozen=True)
 class Evaluation:
     "What the rows say about a claim."
@@ -859,6 +859,8 @@ class Evaluation:
     def markdown(self) -> str:  # for a README or a page
         "Both tables as Markdown."
         return "\n\n".join([f"**{self.claim.statement}** ({', '.join(self.claim.data)})"] + [_markdown_table(t) for t in self.tables() if len(t)])
+
+    def __repr__(self): return self.text()
 
     def _repr_html_(self): return f"<p><b>{html.escape(self.claim.statement)}</b></p>" + "".join(_html_table(t) for t in self.tables() if len(t))
 
@@ -905,7 +907,20 @@ def _html_table(frame):
     body = "".join("<tr>" + "".join(cell(v, c) for c, v in zip(frame, r)) + "</tr>" for r in frame.values.tolist())
     return f'<div style="overflow-x:auto"><table style="border-collapse:collapse;background:transparent;color:inherit"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/06_experiment.ipynb #66b4488b
+# %% ../nbs/06_experiment.ipynb #9bfe329c
+def shipped_rows(
+    claim: Claim,  # whose rows
+) -> pd.DataFrame:  # as from Store.frame(); empty when the package brings none
+    "The rows of a claim that come with the package."
+    return Store(shipped_folder() / f"{claim.id}.jsonl", read_only=True).frame()
+
+def committed(
+    claim: Claim,  # as registered
+) -> Evaluation:  # with the settings that the shipped search chose
+    "Verdicts on a claim from the rows that come with the package."
+    return evaluate(variant(claim, chosen=chosen_settings(claim, [shipped_folder()])[0]), shipped_rows(claim))
+
+# %% ../nbs/06_experiment.ipynb #2c518eac
 def data_name(
     text: str,  # a data set name, "folder:PATH", or the path of a folder of images
 ) -> str:  # a data set name, or "folder:PATH"
@@ -942,13 +957,13 @@ def full_scale_claim(
 
 def home_of(
     method: str,  # registered method
-) -> Claim:  # the first claim that has it as an arm, its own paper's first; None if there is none
+) -> Claim:  # its paper's first claim that has it as an arm, else any claim's, else its paper's first; None if there is none
     "Where a method is at home: which data, protocol and backbone it is usually run with."
     from promptbook.learn import METHODS
     load_chapters()
     having = [c for c in CLAIMS.values() if any(a.method == method for a in c.arms)]
-    own = [c for c in having if method in METHODS and c.paper == METHODS[method].paper]
-    return (own or having or [None])[0]
+    paper = [c for c in CLAIMS.values() if method in METHODS and c.paper == METHODS[method].paper]
+    return next(iter([c for c in paper if c in having] or having or paper), None)
 
 # %% ../nbs/06_experiment.ipynb #2d87eb51
 def variant(
