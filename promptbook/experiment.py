@@ -122,11 +122,12 @@ def find_protocol(
     return PROTOCOLS[name]
 
 # %% ../nbs/06_experiment.ipynb #871024b9
-CHAPTERS = ["promptbook.soft", "promptbook.adaptive", "promptbook.clip", "promptbook.multimodal", "promptbook.consistency"]
+CHAPTERS = {"promptbook.soft": None, "promptbook.adaptive": None, "promptbook.clip": None, "promptbook.multimodal": None, "promptbook.consistency": None,
+            "promptbook.diffusion": "diffusers", "promptbook.editing": "diffusers"}    # module -> the optional package it needs
 
 def load_chapters() -> list:  # names of the modules that were imported
     "Import every chapter that exists, so that its methods, protocols and claims are registered."
-    found = [name for name in CHAPTERS if importlib.util.find_spec(name) is not None]
+    found = [name for name, needs in CHAPTERS.items() if importlib.util.find_spec(name) is not None and (needs is None or importlib.util.find_spec(needs) is not None)]
     for name in found: importlib.import_module(name)
     return found
 
@@ -329,7 +330,7 @@ def _weight_files(backbone):
     "The safetensors files of a backbone that are on this disk."
     zoo = Path(importlib.import_module("promptbook").__file__).parent / "zoo_models"      # importing the zoo itself would load transformers
     for folder in (zoo / backbone, Path(backbone)):
-        if folder.is_dir(): return sorted(folder.glob("*.safetensors"))
+        if folder.is_dir(): return sorted(folder.rglob("*.safetensors"))
     if "/" not in backbone: return []
     from huggingface_hub import try_to_load_from_cache
     try: found = [try_to_load_from_cache(backbone, name) for name in ("model.safetensors", "model.safetensors.index.json")]

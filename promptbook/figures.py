@@ -153,8 +153,9 @@ def method_style(
 def _as_images(images):
     "Anything picture-like as float array (N, H, W, 3) in [0, 1]."
     if isinstance(images, (list, tuple)): images = np.stack([np.asarray(i.detach().cpu() if hasattr(i, "detach") else i) for i in images])
+    whole = str(getattr(images, "dtype", "")).endswith("uint8")
     a = np.asarray(images.detach().cpu().float() if hasattr(images, "detach") else images)
-    if a.dtype == np.uint8: a = a / 255.0
+    if whole or a.dtype == np.uint8: a = a / 255.0
     if a.ndim == 3 and a.shape[-1] != 3 and a.shape[0] != 3: a = a[:, None]          # (N, H, W): grey pictures
     elif a.ndim == 3: a = a[None]                                                    # one colour picture
     if a.ndim == 4 and a.shape[1] in (1, 3) and a.shape[-1] not in (1, 3): a = a.transpose(0, 2, 3, 1)

@@ -347,7 +347,7 @@ class MethodSpec:
     full: FitSettings          # training as published, for real CLIP
     new_classes: bool = True   # can it classify classes it was not trained on?
     published: object = None   # function (protocol, data) -> settings the paper used there, of method and training; applied at full scale
-    host: str = "clip"         # what it prompts: "clip", or "language" for language models and text encoders
+    host: str = "clip"         # what it prompts: "clip", "language" for language models and text encoders, or "generator"
 
 def register(
     name: str,                 # short name
@@ -357,7 +357,7 @@ def register(
     full: FitSettings,         # training as published
     new_classes: bool = True,  # False: only for the classes it was trained on
     published=None,            # settings of the paper at full scale: a dictionary, or a function (protocol, data) -> dictionary
-    host: str = "clip",        # "clip", or "language"
+    host: str = "clip",        # "clip", "language" or "generator"
 ):                             # decorator
     "Register the decorated function as a method; its keyword-only arguments become the method's settings."
     def wrap(build):
@@ -385,8 +385,8 @@ def build(
     spec = method_spec(name)
     unknown = set(settings) - set(spec.defaults)
     if unknown: raise ValueError(f"'{name}' has no setting '{sorted(unknown)[0]}'; it has {', '.join(spec.defaults) or 'none'}.")
-    if (spec.host == "language") != hasattr(backbone, "kind"):
-        wanted = "a language model, such as tiny-t5 or tiny-gpt" if spec.host == "language" else "a CLIP, such as tiny-clip"
+    if spec.host != ("language" if hasattr(backbone, "kind") else "generator" if hasattr(backbone, "unet") else "clip"):
+        wanted = {"language": "a language model, such as tiny-t5 or tiny-gpt", "generator": "an image generator, such as tiny-diffusion", "clip": "a CLIP, such as tiny-clip"}[spec.host]
         raise ValueError(f"'{name}' prompts {wanted}, and '{backbone.name}' is none.")
     torch.manual_seed(seed)
     method = spec.build(backbone, classes, template, **{**spec.defaults, **settings})

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['CONTEXT_LENGTH', 'IMAGE_MEAN', 'IMAGE_STD', 'ZOO', 'ARCHITECTURES', 'CLIP_MEAN', 'CLIP_STD', 'HEADS', 'TRAINERS',
            'vocabulary', 'word_tokenizer', 'tiny_tokenizer', 'tiny_clip_config', 'image_processor', 'Backbone',
-           'LanguageBackbone', 'load', 'clip_config', 'random_clip', 'write_random_clip', 'PretrainSettings',
-           'pretrain', 'Trainer', 'ClipTrainer', 'zero_shot_accuracy']
+           'LanguageBackbone', 'load', 'weights_file', 'clip_config', 'random_clip', 'write_random_clip',
+           'PretrainSettings', 'pretrain', 'Trainer', 'ClipTrainer', 'zero_shot_accuracy']
 
 # %% ../nbs/02_zoo.ipynb #3c6bea6d
 import contextlib
@@ -193,9 +193,15 @@ def _read(name, source, options):
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token                # GPT-2 and Llama have none
     return LanguageBackbone(name, kind.from_pretrained(source, **options).eval().requires_grad_(False), tokenizer)
 
+def weights_file(
+    folder: Path,              # of a zoo model
+) -> Path:                     # the file that its card vouches for, whether it is there or not
+    "A model's weights: in Hugging Face's layout, or the network of a pipeline in diffusers' layout."
+    return next((f for f in (folder / "model.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors") if f.exists()), folder / "model.safetensors")
+
 def _check_hash(folder):
     "Compare the weights of a zoo model with the hash on its card."
-    card, weights = folder / "card.json", folder / "model.safetensors"
+    card, weights = folder / "card.json", weights_file(folder)
     if not card.exists() or not weights.exists(): return
     wanted, found = json.loads(card.read_text()).get("sha256"), hashlib.sha256(weights.read_bytes()).hexdigest()
     if wanted and wanted != found: raise ValueError(f"The weights '{weights}' are damaged or were edited: their hash is not the one on the card. "
@@ -291,13 +297,14 @@ def _pretraining_inputs(settings, step, tokenizer, pieces):
 
 # %% ../nbs/02_zoo.ipynb #a73ea542
 def _trainer(name):
-    "The class that makes a zoo model; language models have a notebook of their own."
+    "The class that makes a zoo model; language models and image generators have notebooks of their own."
     if name != "tiny-clip": importlib.import_module("promptbook.pretraining")
+    if name not in TRAINERS and importlib.util.find_spec("diffusers"): importlib.import_module("promptbook.generator_training")
     if name not in TRAINERS: raise ValueError(f"'{name}' is not a zoo model that can be remade here; known: {', '.join(TRAINERS)}.")
     return TRAINERS[name]
 
 def pretrain(
-    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt" or "tiny-t5"
+    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt", "tiny-t5"; with diffusers also "tiny-diffusion", "tiny-judge", "tiny-inpaint"
     output=None,               # folder for the result; default: the zoo inside the package
     steps: int = None,         # fewer steps for a trial
     seed: int = None,          # another seed
@@ -365,14 +372,18 @@ class Trainer:
 
     def abilities(self, output) -> dict: return {}   # what the finished model can do, for its card
 
-    def write(self, output, seconds):
-        "Finished model, tokenizer and card."
+    def save_model(self, output):
+        "Weights in half precision, and the tokenizer."
         half = type(self.model)(self.model.config).eval(); half.load_state_dict(self.model.state_dict())
         with _quiet_transformers(): half.half().save_pretrained(output)
         self.tokenizer.save_pretrained(output)
-        card = dict(name=output.name, architecture=type(self.model).__name__, parameters=sum(p.numel() for p in half.parameters()), data=self.data,
+
+    def write(self, output, seconds):
+        "The finished model and its card."
+        self.save_model(output)
+        card = dict(name=output.name, architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters()), data=self.data,
                     settings=vars(self.settings), seconds=round(self.seconds + seconds), device=str(self.device), machine=platform.machine(), torch=torch.__version__,
-                    sha256=hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest())
+                    sha256=hashlib.sha256(weights_file(output).read_bytes()).hexdigest())
         save = lambda: (output / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
         save(); card.update(self.abilities(output)); save()
         self.checkpoint.unlink(missing_ok=True)
