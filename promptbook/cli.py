@@ -43,10 +43,10 @@ def _run(a):
     from promptbook.learn import METHODS
     ex.load_chapters()
     full, home = {"scale": "full"} if a.scale == "full" else {}, ex.home_of(a.method)
-    text = home is not None and a.method in METHODS and METHODS[a.method].host == "language"  # a method for texts is run as its own claim runs it
-    backbone = a.backbone or (((home.full_backbone if text else None) or ex.FULL_BACKBONE) if full else home.backbone if text else "tiny-clip")
-    data = a.data or (((home.full_data if full else None) or home.data)[0] if text else "digits")
-    experiment = ex.Experiment(a.method, backbone, ex.data_name(data), a.protocol or (home.protocol if text else "base-to-new"), a.seed, full | dict(a.set or []), a.sampling_seed)
+    own = home is not None and a.method in METHODS and METHODS[a.method].host != "clip"   # a method for texts or for generators is run as its own claim runs it
+    backbone = a.backbone or (((home.full_backbone if own else None) or ex.FULL_BACKBONE) if full else home.backbone if own else "tiny-clip")
+    data = a.data or (((home.full_data if full else None) or home.data)[0] if own else "digits")
+    experiment = ex.Experiment(a.method, backbone, ex.data_name(data), a.protocol or (home.protocol if own else "base-to-new"), a.seed, full | dict(a.set or []), a.sampling_seed)
     row = ex.run(experiment, a.store or ex.results_folder() / "runs.jsonl", progress=not a.quiet)
     if not ex.is_main_process(): return 0                            # of several processes, one speaks
     print(experiment)
@@ -160,8 +160,8 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add("filter", nargs="*", metavar="AXIS=VALUE", help="only papers with this value on an axis, for example source=free")
     add = command("show", _show, "one paper: idea, axes, status, methods"); add("paper", metavar="ID")
     add = command("run", _run, "train and test one method", [quiet])
-    add("method", metavar="METHOD"); add("--data", metavar="NAME|FOLDER", help="data set, folder of images with one sub-folder a class, or a table of texts (default: digits; for methods on texts the first set of their claim)")
-    scale(add); add("--protocol", help="default: base-to-new; for methods on texts that of their claim")
+    add("method", metavar="METHOD"); add("--data", metavar="NAME|FOLDER", help="data set, folder of images with one sub-folder a class, or a table of texts (default: digits; for methods on texts and generators the first set of their claim)")
+    scale(add); add("--protocol", help="default: base-to-new; for methods on texts and generators that of their claim")
     add("--seed", type=int, default=1); add("--sampling-seed", type=int, help="draws the training images (default: the seed)")
     add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of the method; may be given several times"); add("--store", metavar="FILE", help="default: results/runs.jsonl")
     add = command("reproduce", _reproduce, "run a claim, or what is missing of it, and print its table", [quiet])

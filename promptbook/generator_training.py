@@ -3,25 +3,26 @@
 # %% auto #0
 __all__ = ['GeneratorSettings', 'DiffusionTrainer', 'judge_config', 'JudgeSettings', 'JudgeTrainer', 'what_it_draws']
 
-# %% ../nbs/09_generator_training.ipynb #dce85df3
+# %% ../nbs/09_generator_training.ipynb #1c5df043
 import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .generators import (JUDGED, Generator, Judge, captions, draw, frechet_distance, load_generator, load_judge, noise_schedule, picture, right, studio_scenes, truths,
-                                   unet_config)
+from . import figures
+from .generators import (JUDGED, Generator, Judge, captions, draw, frechet_distance, freeze, load_generator, load_judge, noise_schedule, picture, quiet_diffusers, right, studio_scenes, truths,
+                                   unet_config, with_clip)
+from diffusers import UNet2DConditionModel                              # after promptbook.generators, which keeps its notices quiet
+from diffusers.models.attention_processor import AttnProcessor
 from .zoo import TRAINERS, Trainer, load
 
-# %% ../nbs/09_generator_training.ipynb #5c31b6a2
+# %% ../nbs/09_generator_training.ipynb #d215ca0a
 @dataclass(frozen=True)
 class GeneratorSettings:
     "How a generator of the zoo is made; all of it is written on its card."
-    steps: int = 3600          # optimiser steps
+    steps: int = 3000          # optimiser steps
     batch: int = 64            # pictures a step
     lr: float = 1e-3           # peak learning rate of AdamW, warmed up over 200 steps, then cosine
     weight_decay: float = .01
@@ -29,7 +30,7 @@ class GeneratorSettings:
     blank: float = .1          # share of captions replaced by the empty one, for classifier-free guidance
     seed: int = 0
 
-# %% ../nbs/09_generator_training.ipynb #36762760
+# %% ../nbs/09_generator_training.ipynb #5cf99f31
 class DiffusionTrainer(Trainer):
     "Makes a generator: noise a picture, predict the velocity, keep an average of the weights."
     settings, data = GeneratorSettings(), "promptbook.generators.studio_scenes"
@@ -69,7 +70,14 @@ class DiffusionTrainer(Trainer):
         self.update(step, loss, warmup=200)
         keep = min(self.settings.ema, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - keep)
+        if self.checkpoint is not None and (step + 1) % 500 == 0: self.show(step + 1)
         return dict(loss=f"{loss.item():.4f}")
+
+    def show(self, step):
+        "A sheet of pictures drawn by the average, as `samples-<step>.png` beside the checkpoint."
+        generator = Generator("in training", freeze(with_clip(self.average, self.scheduler, self.clip)))
+        asked = captions(studio_scenes(16, torch.Generator().manual_seed(1))[0])
+        figures.save(figures.grid(draw(generator, asked, steps=15), asked).flat[0].figure, self.checkpoint.with_name(f"samples-{step}.png"))
 
     def save_model(self, output):
         "The averaged network in half precision and its schedule, in diffusers' folders."
@@ -80,7 +88,7 @@ class DiffusionTrainer(Trainer):
 
     def abilities(self, output): return dict(draws=what_it_draws(load_generator(str(output))), pairs=what_it_draws(load_generator(str(output)), (3.,), pairs=1.))
 
-# %% ../nbs/09_generator_training.ipynb #587aff25
+# %% ../nbs/09_generator_training.ipynb #eaa2d39b
 def judge_config() -> ResNetConfig:
     "Sizes of the judge; one label for each value of each attribute."
     labels = dict(enumerate(f"{name}: {word}" for name, words in JUDGED.items() for word in words))
@@ -122,7 +130,7 @@ class JudgeTrainer(Trainer):
 
     def save_model(self, output):
         half = type(self.model)(self.model.config); half.load_state_dict(self.model.state_dict())
-        half.half().save_pretrained(output)
+        with quiet_diffusers(): half.half().save_pretrained(output)
 
     def abilities(self, output):
         "Accuracy on scenes it was not trained on, by attribute; on the generator's own vocabulary, too."

@@ -5,9 +5,10 @@ __all__ = ['STUDIO', 'WARMTH', 'SAY', 'FRAMES', 'WARMTHS', 'JUDGED', 'taught', '
            'words_of', 'captions', 'unet_config', 'noise_schedule', 'PixelDiffusionPipeline', 'Generator',
            'check_prompts', 'check_pictures', 'read_pictures', 'quiet_diffusers', 'with_clip', 'freeze',
            'load_generator', 'noise', 'draw', 'warmth_bin', 'truths', 'Judge', 'load_judge', 'right',
-           'frechet_distance', 'denoising_loss', 'PromptedPictures', 'DiffusionMethod']
+           'frechet_distance', 'denoising_loss', 'PromptedPictures', 'DiffusionMethod', 'stable_diffusion_sizes',
+           'random_stable_diffusion']
 
-# %% ../nbs/08_generators.ipynb #b0cebda1
+# %% ../nbs/08_generators.ipynb #29fb96f2
 import contextlib
 import json
 import random
@@ -15,18 +16,18 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import IPAdapterMixin
-from diffusers.models.attention_processor import AttnProcessor
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection, ResNetConfig, ResNetForImageClassification
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection, ResNetConfig, ResNetForImageClassification
 
+from .zoo import CLIP_MEAN, CLIP_STD, ZOO, _check_hash, _quiet_transformers, image_processor, load, vocabulary, word_tokenizer
+with _quiet_transformers():                                              # diffusers asks transformers for classes that need torchvision, and is told so aloud
+    from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.loaders import IPAdapterMixin
+    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.utils import logging as diffusers_logging
 from .universe import BACKGROUNDS, CANVAS, COLOURS, RELATIONS, SHAPES, SIZES, TEXTURES, TONES, VOCABULARY, Scenes, render, sample_scenes
-from .zoo import IMAGE_MEAN, IMAGE_STD, ZOO, _check_hash, image_processor, load
 
 # %% ../nbs/08_generators.ipynb #673ddccc
 STUDIO = {"shape": ("circle", "square", "triangle", "star", "heart", "cross", "ring", "crescent", "diamond", "arrow"),
@@ -256,13 +257,14 @@ def read_pictures(
     from promptbook.universe import _read_image
     return torch.stack([_read_image(p, size) for p in paths])
 
-# %% ../nbs/08_generators.ipynb #d055efad
+# %% ../nbs/08_generators.ipynb #eec811bc
 @contextlib.contextmanager
 def quiet_diffusers():
     "No bars and no notices while a pipeline is read or written."
     verbosity, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.set_verbosity_error(); diffusers_logging.disable_progress_bar()
-    try: yield
+    try:
+        with _quiet_transformers(): yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
         if bars: diffusers_logging.enable_progress_bar()
@@ -311,7 +313,7 @@ def load_generator(
         raise FileNotFoundError(f"'{name}' could not be fetched from the hub (wanted: its model_index.json and safetensors files); check the name and the network, or run at tiny scale with tiny-diffusion.") from None
     return Generator(name, freeze(pipeline.to(device)))
 
-# %% ../nbs/08_generators.ipynb #9c941c17
+# %% ../nbs/08_generators.ipynb #34d674db
 def noise(
     generator: Generator,
     seeds,                     # one whole number a picture, or a number of pictures: seeds 0, 1, …
@@ -341,17 +343,18 @@ def draw(
     blank = generator.blank() if blank is None else blank
     out = []
     for rows in torch.arange(len(states)).split(batch):
-        mine = {k: [_both(x[rows], guidance) for x in v] if k == "ip_adapter_image_embeds" else v for k, v in options.items()}
+        mine = {k: [_both(x, rows, guidance) for x in v] if k == "ip_adapter_image_embeds" else v for k, v in options.items()}
         made = generator.pipeline(prompt_embeds=states[rows], negative_prompt_embeds=blank.expand(len(states), -1, -1)[rows], latents=latents[rows], num_inference_steps=steps,
                                   guidance_scale=guidance, output_type="latent", **mine).images
         out.append(made if output == "latents" else generator.to_images(made))
     return torch.cat(out)
 
-def _both(image_states, guidance):
-    "Image embeddings of the unconditional branch (zeros, IP-Adapter card, step 6) before those of the conditional one."
-    return torch.cat([torch.zeros_like(image_states), image_states]) if guidance != 1 else image_states
+def _both(image_states, rows, guidance):
+    "Image embeddings of the unconditional branch (zeros, or the first of a pair; IP-Adapter card, step 6) before those of the conditional one."
+    blank, given = image_states if isinstance(image_states, tuple) else (torch.zeros_like(image_states[:1]), image_states)
+    return torch.cat([blank.expand_as(given[rows]), given[rows]]) if guidance != 1 else given[rows]
 
-# %% ../nbs/08_generators.ipynb #507cee98
+# %% ../nbs/08_generators.ipynb #15fec630
 WARMTHS = ("cold", "cool", "neutral", "mild", "warm")     # five equal bins of warmth from -1 to 1
 JUDGED = {"shape": SHAPES[:16], "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SIZES)[:3], "warmth": WARMTHS, "background": BACKGROUNDS, "tone": tuple(TONES),
           "relation": RELATIONS[:3], "second_shape": SHAPES[:16], "second_colour": tuple(COLOURS), "second_texture": TEXTURES}
@@ -400,7 +403,7 @@ class Judge:
 def load_judge() -> Judge:
     "The judge of the zoo."
     _check_hash(ZOO / "tiny-judge")
-    return Judge(ResNetForImageClassification.from_pretrained(ZOO / "tiny-judge").float().eval().requires_grad_(False))
+    with quiet_diffusers(): return Judge(ResNetForImageClassification.from_pretrained(ZOO / "tiny-judge").float().eval().requires_grad_(False))
 
 def right(
     judge: Judge,
@@ -489,3 +492,41 @@ class DiffusionMethod(torch.nn.Module):
         t = torch.randint(self.generator.scheduler.config.num_train_timesteps, (len(latents),), generator=self.random).to(latents.device)
         states, options = self.conditions(batch)
         return {"loss": denoising_loss(self.generator, latents, states, noise, t, **options)}
+
+# %% ../nbs/08_generators.ipynb #f0a7e549
+def stable_diffusion_sizes(
+    small: bool = True,        # few channels, for tests; False: the sizes of Stable Diffusion 1.5
+) -> dict:                     # part -> arguments of its configuration
+    "Sizes of a Stable Diffusion."
+    text = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77, projection_dim=768, hidden_act="quick_gelu")
+    image = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224, patch_size=14, projection_dim=1024)
+    unet = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2)
+    vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512)
+    if small:
+        text |= dict(vocab_size=len(load("tiny-clip").tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, projection_dim=32)
+        image |= dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, projection_dim=40)
+        unet |= dict(sample_size=8, cross_attention_dim=32, block_out_channels=(32, 32, 64, 64), layers_per_block=1, attention_head_dim=2, norm_num_groups=8)
+        vae |= dict(block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=64)
+    return dict(text=text, image=image, unet=unet, vae=vae)
+
+def random_stable_diffusion(
+    folder=None,               # where to write it in diffusers' form; None: nowhere
+    small: bool = True,        # as for `stable_diffusion_sizes`
+    seed: int = 0,             # of the weights
+    in_channels: int = 4,      # of the network; 9: an inpainter (latents, mask, masked latents)
+) -> Generator:                # frozen; with an image encoder, as IP-Adapter needs it
+    "A Stable Diffusion with random weights."
+    sizes, clip = stable_diffusion_sizes(small), load("tiny-clip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text = CLIPTextModel._from_config(CLIPTextConfig(**sizes["text"], bos_token_id=len(clip.tokenizer) - 2, eos_token_id=len(clip.tokenizer) - 1, pad_token_id=0))
+        image = CLIPVisionModelWithProjection._from_config(CLIPVisionConfig(**sizes["image"]))
+        unet, vae = UNet2DConditionModel(in_channels=in_channels, **sizes["unet"]), AutoencoderKL(**sizes["vae"])
+    schedule = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    tokenizer = word_tokenizer(vocabulary(), sizes["text"]["max_position_embeddings"])
+    kind = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInpaintPipeline
+    with quiet_diffusers():
+        pipeline = kind(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=schedule, safety_checker=None, requires_safety_checker=False, image_encoder=image,
+                        feature_extractor=image_processor(sizes["image"]["image_size"], CLIP_MEAN, CLIP_STD))
+        if folder is not None: pipeline.save_pretrained(folder)
+    return Generator("random stable diffusion" if folder is None else str(folder), freeze(pipeline))

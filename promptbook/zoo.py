@@ -164,10 +164,13 @@ def load(
     name: str = "tiny-clip",   # a zoo name, "minilm", a folder, or a hub id such as "openai/clip-vit-base-patch16" or "google-t5/t5-base"
     dtype: str = "float32",    # of the weights: "float32", "bfloat16"
     device_map: str = None,    # "auto" spreads a large language model over the devices there are
-):                             # Backbone for CLIP, LanguageBackbone for the rest; frozen, in evaluation mode
+):                             # Backbone for CLIP, Generator for a pipeline of diffusers, LanguageBackbone for the rest; frozen, in evaluation mode
     "Load a backbone. Raises FileNotFoundError or ValueError with one sentence when it is unknown, unreachable or damaged."
     source, known = _where(name)
     if isinstance(source, Path): _check_hash(source)
+    if isinstance(source, Path) and (source / "unet").is_dir():
+        from promptbook.generators import load_generator
+        return load_generator(name, dtype)
     attention = "eager" if isinstance(source, Path) and source.parent == ZOO else "sdpa"   # short sequences on a CPU: eager is twice as fast
     options = dict(trust_remote_code=False, use_safetensors=True, dtype=getattr(torch, dtype), attn_implementation=attention, device_map=device_map)
     try:
