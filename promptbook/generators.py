@@ -354,7 +354,7 @@ def _both(image_states, rows, guidance):
     blank, given = image_states if isinstance(image_states, tuple) else (torch.zeros_like(image_states[:1]), image_states)
     return torch.cat([blank.expand_as(given[rows]), given[rows]]) if guidance != 1 else given[rows]
 
-# %% ../nbs/08_generators.ipynb #15fec630
+# %% ../nbs/08_generators.ipynb #98ac2410
 WARMTHS = ("cold", "cool", "neutral", "mild", "warm")     # five equal bins of warmth from -1 to 1
 JUDGED = {"shape": SHAPES[:16], "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SIZES)[:3], "warmth": WARMTHS, "background": BACKGROUNDS, "tone": tuple(TONES),
           "relation": RELATIONS[:3], "second_shape": SHAPES[:16], "second_colour": tuple(COLOURS), "second_texture": TEXTURES}
@@ -400,10 +400,13 @@ class Judge:
         return p.gather(1, torch.as_tensor(index).expand(len(p))[:, None])[:, 0]
 
 @lru_cache(maxsize=1)
-def load_judge() -> Judge:
-    "The judge of the zoo."
-    _check_hash(ZOO / "tiny-judge")
-    with quiet_diffusers(): return Judge(ResNetForImageClassification.from_pretrained(ZOO / "tiny-judge").float().eval().requires_grad_(False))
+def load_judge(
+    folder=None,               # where its model is; None: the zoo's tiny-judge
+) -> Judge:                    # frozen, in evaluation mode
+    "Load a judge. Raises ValueError when its weights are damaged."
+    folder = Path(folder or ZOO / "tiny-judge")
+    _check_hash(folder)
+    with quiet_diffusers(): return Judge(ResNetForImageClassification.from_pretrained(folder).float().eval().requires_grad_(False))
 
 def right(
     judge: Judge,

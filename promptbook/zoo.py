@@ -164,7 +164,7 @@ def load(
     name: str = "tiny-clip",   # a zoo name, "minilm", a folder, or a hub id such as "openai/clip-vit-base-patch16" or "google-t5/t5-base"
     dtype: str = "float32",    # of the weights: "float32", "bfloat16"
     device_map: str = None,    # "auto" spreads a large language model over the devices there are
-):                             # Backbone for CLIP, Generator for a pipeline of diffusers, LanguageBackbone for the rest; frozen, in evaluation mode
+):                             # Backbone for CLIP, Generator for a pipeline of diffusers, Judge for a judge of pictures, LanguageBackbone for the rest; frozen, in evaluation mode
     "Load a backbone. Raises FileNotFoundError or ValueError with one sentence when it is unknown, unreachable or damaged."
     source, known = _where(name)
     if isinstance(source, Path): _check_hash(source)
@@ -189,6 +189,9 @@ def _read(name, source, options):
         model, tokenizer = CLIPModel.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source)
         processor = CLIPImageProcessorPil.from_pretrained(source)
         return Backbone(name, model.eval().requires_grad_(False), tokenizer, tuple(processor.image_mean), tuple(processor.image_std))
+    if config.model_type == "resnet":
+        from promptbook.generators import load_judge
+        return load_judge(source)
     causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM if causal else AutoModel
     if config.model_type == "t5": options = {**options, "attn_implementation": "eager"}     # its position biases need it

@@ -190,7 +190,7 @@ def test_installed_wheel_works_away_from_the_repository(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     code = "import promptbook.catalog as c, promptbook, pathlib; assert len(c.papers()) == 51; print(pathlib.Path(promptbook.__file__).parent)"
     if (PACKAGE / "zoo_models").exists():
-        code += "; from promptbook.zoo import load, ZOO; [load(p.name) for p in sorted(ZOO.iterdir()) if (p / 'config.json').exists()]"
+        code += "; from promptbook.zoo import load, ZOO; [load(p.name) for p in sorted(ZOO.iterdir()) if (p / 'config.json').exists() or (p / 'unet').is_dir()]"
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(target), str(ROOT / "tests" / "offline")]), OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
