@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['step_pairs', 'ddim_step', 'ddim_unstep', 'predict', 'attention_layers', 'cross_layers', 'ControlledProcessor',
            'controlled', 'Controller', 'Store', 'word_positions', 'replay', 'psnr', 'ddim_invert', 'null_text_step',
-           'null_text', 'align_words', 'Injection', 'Replace', 'Refine', 'split_batch', 'word_columns', 'Reweight',
+           'null_text', 'align_words', 'split_batch', 'Injection', 'Replace', 'Refine', 'word_columns', 'Reweight',
            'LocalBlend', 'edit', 'check_fixed_point', 'check_hidden_word', 'check_word_tokens']
 
 # %% ../nbs/08_attention.ipynb #02168072
@@ -175,7 +175,7 @@ class Controller:
         new = self.change(mine, layer, cross)
         return probs if new is mine else torch.cat([probs.chunk(2)[0], new])
 
-# %% ../nbs/08_attention.ipynb #75b6664e
+# %% ../nbs/08_attention.ipynb #e2b60b8e
 class Store(Controller):
     "Collects attention maps, averaged over heads."
     def __init__(self,
@@ -205,21 +205,15 @@ class Store(Controller):
         if not maps: raise ValueError(f"No {kind}-attention maps of {size}×{size} were stored; there are {sorted({k[:2] for k in found}) or 'none'}.")
         return torch.stack(maps).mean(0).unflatten(1, (size, size))
 
-    def maps(self,
-        size: int,             # places a side
-        kind: str = "cross",   # or "self"
-    ):                         # (B, size, size, K): mean over heads, layers of this size and all passes seen
-        "What each place has looked at."
+    def maps(self, size, kind="cross"):
+        "(B, size, size, K): what each place has looked at; mean over heads, layers with `size` places a side and all passes seen."
         return self._mean({k: s / self.counts[k] for k, s in self.sums.items()}, size, kind)
 
-    def latest(self,
-        size: int,             # places a side
-        kind: str = "cross",   # or "self"
-    ):                         # (B, size, size, K): mean over heads and layers of this size, with gradients
-        "The maps of the last pass alone, for losses on maps."
+    def latest(self, size, kind="cross"):
+        "(B, size, size, K): the same of the last pass alone, with gradients, for losses on maps."
         return self._mean(self.last, size, kind)
 
-# %% ../nbs/08_attention.ipynb #17beb3ed
+# %% ../nbs/08_attention.ipynb #1b6d50dd
 def word_positions(
     generator: Generator,
     prompt: str,               # "a striped red star on a navy ground."
@@ -227,7 +221,8 @@ def word_positions(
 ) -> list:                     # of token positions; the start token is 0. All pieces, and all places where the word stands
     "Where a word stands among the tokens of a prompt, found by character offsets."
     prompt, word = check_prompts(prompt)[0], word.strip()
-    spans = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)] if word else []
+    edges = [r"(?<!\w)" if word[:1].isalnum() else "", r"(?!\w)" if word[-1:].isalnum() else ""]       # a comma may touch a word
+    spans = [m.span() for m in re.finditer(re.escape(word).join(edges), prompt, re.IGNORECASE)] if word else []
     if not spans: raise ValueError(f"The word '{word}' does not stand in the prompt '{prompt}': choose one of its words.")
     offsets = generator.tokenizer(prompt, return_offsets_mapping=True, truncation=True, max_length=generator.tokenizer.model_max_length).offset_mapping
     found = [k for k, (a, b) in enumerate(offsets) if b > a and any(a < end and b > start for start, end in spans)]
@@ -387,11 +382,21 @@ def align_words(
     for i in range(len(ids[0]), longest): matrix[i, min(max(i - len(ids[0]) + len(ids[1]), len(ids[1])), longest - 1)] = 1   # padding to padding; what is left over to the last
     return matrix, takes
 
-# %% ../nbs/08_attention.ipynb #c3bc52c5
+# %% ../nbs/08_attention.ipynb #c796ce3c
 def _check_shares(**shares):
     for name, share in shares.items():
         if not 0 <= share <= 1: raise ValueError(f"'{name}' is a share of the steps, between 0 and 1, not {share}.")
 
+def split_batch(
+    x: torch.Tensor,           # (n + k, …): n sources, then k targets
+    n: int,
+    k: int,
+) -> tuple:                    # (n, …), (k, …)
+    "Sources and targets. Raises ValueError for a batch of another size."
+    if len(x) != n + k: raise ValueError(f"The controller was made for [source, target] with {n} and {k} prompts in each half of the batch, but there are {len(x)} pictures: lay the batch out that way.")
+    return x[:n], x[n:]
+
+# %% ../nbs/08_attention.ipynb #846ef0c6
 class Injection(Controller):
     "Prompt-to-Prompt: for a while, a target's maps are those of its source. The batch is [sources, targets]."
     kind = "swap"
@@ -427,16 +432,7 @@ class Refine(Injection):
     "The words that two prompts share keep their places; new words find their own."
     kind = "refine"
 
-def split_batch(
-    x: torch.Tensor,           # (n + k, …): n sources, then k targets
-    n: int,
-    k: int,
-) -> tuple:                    # (n, …), (k, …)
-    "Sources and targets. Raises ValueError for a batch of another size."
-    if len(x) != n + k: raise ValueError(f"The controller was made for [source, target] with {n} and {k} prompts in each half of the batch, but there are {len(x)} pictures: lay the batch out that way.")
-    return x[:n], x[n:]
-
-# %% ../nbs/08_attention.ipynb #db267986
+# %% ../nbs/08_attention.ipynb #e0893d21
 def word_columns(
     generator: Generator,
     prompts: list,             # n prompts
@@ -450,6 +446,7 @@ def word_columns(
         for word in [chosen] if isinstance(chosen, str) else chosen: row[word_positions(generator, prompt, word)] = 1
     return out
 
+# %% ../nbs/08_attention.ipynb #e8482d43
 class Reweight(Controller):
     "Prompt-to-Prompt: multiply the maps of chosen words of the targets, which are last in the batch. Stands behind an injection."
     def __init__(self,
@@ -471,7 +468,7 @@ class Reweight(Controller):
         base, own = split_batch(probs, max(len(probs) - len(self.factors), 1), len(self.factors))
         return torch.cat([base, own * self.factors[:, None, None]])
 
-# %% ../nbs/08_attention.ipynb #267e47f7
+# %% ../nbs/08_attention.ipynb #aaf9c9f1
 class LocalBlend(Controller):
     "Prompt-to-Prompt: outside the places that the chosen words look at, targets keep the latents of their source."
     def __init__(self,
@@ -485,7 +482,8 @@ class LocalBlend(Controller):
         size: int = 16,        # places a side of the maps
         half: str = "conditional",  # as for `Controller`
     ):
-        super().__init__(half); _check_shares(threshold=threshold, start=start)
+        super().__init__(half); _check_shares(start=start)
+        if not 0 <= threshold <= 1: raise ValueError(f"The threshold lies between 0 and 1, the maximum of the maps, not at {threshold}.")
         sources, targets = check_prompts(source), check_prompts(target)
         self.n, self.which, self.size = len(sources), [k % len(sources) for k in range(len(targets))], size
         self.columns = torch.cat([word_columns(generator, sources, words), word_columns(generator, targets, words if new_words is None else new_words)])
@@ -497,7 +495,9 @@ class LocalBlend(Controller):
         super().begin(step, steps, guided)
         if step == 0: self.store.reset()
 
-    def change(self, probs, layer, cross): return self.store.change(probs, layer, cross)
+    def change(self, probs, layer, cross):
+        split_batch(probs, self.n, len(self.which))
+        return self.store.change(probs, layer, cross)
 
     def after(self, latents):
         maps = (self.store.maps(self.size) * self.columns[:, None, None]).sum(-1)[:, None]               # (n + k, 1, size, size)
@@ -508,7 +508,7 @@ class LocalBlend(Controller):
         before, now = split_batch(latents, self.n, len(self.which))
         return torch.cat([before, torch.where(self.mask, now, before[self.which])])
 
-# %% ../nbs/08_attention.ipynb #44f92489
+# %% ../nbs/08_attention.ipynb #d728680a
 def edit(
     generator: Generator,
     latents,                   # (N, C, h, w) noise z_T, or a list of N seeds
@@ -522,6 +522,7 @@ def edit(
     weights: dict = None,      # word of the target -> factor, for `Reweight`
     blend=None,                # words of the source for `LocalBlend`
     new_blend=None,            # words of the target for it; default: the same
+    threshold: float = .3,     # for it
     blanks=None,               # (N or 1, L, d) of the unconditional branch, or a list, one for each step, as from `null_text`
     states=None,               # (states of the sources, states of the targets) in place of the prompts': tensors (N, L, d) or lists, one for each step
 ) -> tuple:                    # pictures of the sources and of the targets, (N, 3, H, W) uint8 each
@@ -530,9 +531,10 @@ def edit(
     n = len(latents)
     source, target = ([p] * n if isinstance(p, str) else check_prompts(p) for p in (source, target))
     if {len(source), len(target)} != {n}: raise ValueError(f"There are {n} pictures, but {len(source)} sources and {len(target)} targets: give one prompt for all, or one for each.")
-    team = [{"swap": Replace, "refine": Refine}[kind](generator, source, target, cross, self_)]
+    if kind not in ("swap", "refine"): raise ValueError(f"An edit is a 'swap' or a 'refine', not '{kind}'.")
+    team = [(Replace if kind == "swap" else Refine)(generator, source, target, cross, self_)]
     if weights: team.append(Reweight(generator, target, weights, cross))
-    if blend is not None: team.append(LocalBlend(generator, source, target, blend, new_blend))
+    if blend is not None: team.append(LocalBlend(generator, source, target, blend, new_blend, threshold))
     pair = [generator.states(source), generator.states(target)] if states is None else states
     both = lambda a, b: torch.cat([x.expand(n, -1, -1) for x in (a, b)])
     together = both(*pair) if isinstance(pair[0], torch.Tensor) else [both(a, b) for a, b in zip(*pair)]

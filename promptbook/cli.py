@@ -74,6 +74,7 @@ def _ledger(a):
 def _bench(a):
     from promptbook import bench, soft
     if a.backbone in soft.T5_SIZES or a.random_weights: return _bench_soft(a)
+    if a.backbone == "sd15": return _bench_concepts(a)
     table = bench.bench(a.backbone, a.methods, a.classes, a.batch, a.device, a.precision, a.compile or "", a.rounds, a.store or ex.results_folder() / "bench.jsonl",
                         seconds=a.seconds, progress=not a.quiet)
     print(bench.bench_text(table)); return 0
@@ -89,6 +90,12 @@ def _bench_soft(a):
         arms = {arm: made for arm, made in arms.items() if made[0] in a.methods}
     table = soft.bench_soft(a.backbone if a.random_weights else f"google-t5/{a.backbone}", arms, a.length, a.text, a.batch, rounds=max(1, a.rounds), device=a.device, precision=a.precision, store=a.store or ex.results_folder() / "bench.jsonl")
     print(soft.soft_text(table)); return 0
+
+def _bench_concepts(a):
+    "Textual inversion against concept embeddings at the size of Stable Diffusion 1.5."
+    from promptbook import diffusion
+    table = diffusion.bench_concepts("sd15", batch=a.batch, classes=a.classes, precision=a.precision, rounds=max(1, a.rounds), device=a.device, store=a.store or ex.results_folder() / "bench-concepts.jsonl")
+    print(table.round(2).to_string()); return 0
 
 def _pretrain(a):
     from promptbook import zoo
@@ -173,7 +180,7 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add = command("ledger", _ledger, "every claim: the paper's number, ours, verdict, cost")
     add("--markdown", action="store_true"); add("--output", metavar="FILE"); add("--results", metavar="FOLDER", help="default: the package's rows and ./results")
     add = command("bench", _bench, "what a training step costs: real sizes, random weights, two paths that compute the same", [quiet])
-    add("--backbone", default="vit-b-16", help="vit-b-16, vit-b-32, vit-l-14 (random weights), zoo name, hub id or folder (default: vit-b-16); t5-small, t5-base, t5-large: soft prompts on a T5")
+    add("--backbone", default="vit-b-16", help="vit-b-16, vit-b-32, vit-l-14 (random weights), zoo name, hub id or folder (default: vit-b-16); t5-small, t5-base, t5-large: soft prompts on a T5; sd15: concept embeddings on a Stable Diffusion 1.5 with random weights")
     add("--methods", nargs="+", metavar="METHOD", help="default: every CLIP method"); add("--classes", type=_positive, default=100, metavar="N"); add("--batch", type=_positive, default=4, metavar="N", help="images a step (default: 4)")
     add("--device", metavar="cpu|cuda"); add("--precision", choices=["fp32", "bf16"], default="fp32")
     add("--compile", nargs="?", const="default", metavar="MODE", help="run torch.compile first, for example in the mode reduce-overhead")

@@ -122,12 +122,12 @@ def find_protocol(
     return PROTOCOLS[name]
 
 # %% ../nbs/06_experiment.ipynb #871024b9
-CHAPTERS = {"promptbook.soft": None, "promptbook.adaptive": None, "promptbook.clip": None, "promptbook.multimodal": None, "promptbook.consistency": None,
-            "promptbook.diffusion": "diffusers", "promptbook.editing": "diffusers"}    # module -> the optional package it needs
+CHAPTERS = {"promptbook.soft": (), "promptbook.adaptive": (), "promptbook.clip": (), "promptbook.multimodal": (), "promptbook.consistency": (),
+            "promptbook.diffusion": ("diffusers", "peft"), "promptbook.editing": ("diffusers",)}    # module -> the optional packages it needs
 
 def load_chapters() -> list:  # names of the modules that were imported
     "Import every chapter that exists, so that its methods, protocols and claims are registered."
-    found = [name for name, needs in CHAPTERS.items() if importlib.util.find_spec(name) is not None and (needs is None or importlib.util.find_spec(needs) is not None)]
+    found = [name for name, needs in CHAPTERS.items() if all(importlib.util.find_spec(n) is not None for n in (name, *needs))]
     for name in found: importlib.import_module(name)
     return found
 

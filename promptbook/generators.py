@@ -449,7 +449,7 @@ def denoising_loss(
     loss = (generator.unet(noisy, t, encoder_hidden_states=states, **options).sample.float() - target.float()).square()
     return loss.flatten(1).mean(1) if each else loss.mean()
 
-# %% ../nbs/08_generators.ipynb #43a9f603
+# %% ../nbs/08_generators.ipynb #ea070af2
 @dataclass(frozen=True)
 class PromptedPictures:
     "Pictures with one prompt each: what methods for generators are trained on."
@@ -478,7 +478,8 @@ class DiffusionMethod(torch.nn.Module):
 
     def columns(self, pictures: PromptedPictures) -> dict:
         "Tensors computed once, one row a picture: latents, and by default the prompts' states."
-        return dict(latents=self.generator.to_latents(pictures.images), states=self.generator.states(pictures.prompts))
+        latents = torch.cat([self.generator.to_latents(part) for part in pictures.images.split(16)])
+        return dict(latents=latents, states=self.generator.states(pictures.prompts))
 
     def conditions(self, batch: dict) -> tuple:
         "(text states (B, L, d), further arguments of the network) for a batch of columns."

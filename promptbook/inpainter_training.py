@@ -20,7 +20,7 @@ from .generators import FRAMES, STUDIO, PixelDiffusionPipeline, freeze, noise_sc
 from .universe import BACKGROUNDS, CANVAS, COLOURS, SHAPES, TEXTURES, TONES, _background_mask, _by_index, _second_colour, _shape_distance, _texture_mask
 from .zoo import TRAINERS, ZOO, Trainer, _check_hash, load
 
-# %% ../nbs/09_inpainter_training.ipynb #03faeb23
+# %% ../nbs/09_inpainter_training.ipynb #d198d7bc
 TILE, CAST, PLACES, HELD_OUT = 16, 8, 5, 30   # pixels a tile of the canvas; characters and grounds a theme; themes kept for tests
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Themes:
     def __len__(self): return len(self.shape)
     def __getitem__(self, rows): return Themes(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+# %% ../nbs/09_inpainter_training.ipynb #b5470545
 def art_style(
     n: int,                    # how many
     generator: torch.Generator,
@@ -70,7 +71,7 @@ def held_out(
     each = [draw_themes(1, torch.Generator().manual_seed(2 * 10 ** 9 + int(s))) for s in seeds]
     return Themes(**{f.name: torch.cat([getattr(e, f.name) for e in each]) for f in fields(Themes)})
 
-# %% ../nbs/09_inpainter_training.ipynb #3e1e1f6d
+# %% ../nbs/09_inpainter_training.ipynb #2acf9af0
 @torch.no_grad()
 def strokes(
     shape: torch.Tensor,       # (M,) index into SHAPES
@@ -104,6 +105,7 @@ def paint(
 
 def shrink(pictures): return F.avg_pool2d(pictures.float(), CANVAS // TILE)   # (M, 3, 32, 32) to tiles (M, 3, 16, 16), float, still 0 to 255
 
+# %% ../nbs/09_inpainter_training.ipynb #ad6225f5
 def to_canvas(
     tiles: torch.Tensor,       # (B, 9, C, h, w): top left, top middle, … row by row
 ) -> torch.Tensor:             # (B, C, 3h, 3w)
@@ -111,7 +113,7 @@ def to_canvas(
     b, _, c, h, w = tiles.shape
     return tiles.view(b, 3, 3, c, h, w).permute(0, 3, 1, 4, 2, 5).reshape(b, c, 3 * h, 3 * w)
 
-# %% ../nbs/09_inpainter_training.ipynb #a8e98e49
+# %% ../nbs/09_inpainter_training.ipynb #017fb772
 @dataclass(frozen=True)
 class Canvases:
     "A batch to train on: nine tiles each, some of them hidden; the text says what all hidden tiles show."
@@ -146,6 +148,7 @@ def canvases(
     texts = [caption(s if rng.random() < .95 else None, p if rng.random() < .9 else None, rng.choice(FRAMES)) if rng.random() >= blank else "" for s, p in asked]
     return Canvases(shrink(pictures).view(n, 9, 3, TILE, TILE), hole, shape, pattern, texts)
 
+# %% ../nbs/09_inpainter_training.ipynb #4efe7a92
 def caption(
     shape: int = None,         # index into SHAPES
     pattern: int = None,       # index into BACKGROUNDS
@@ -194,7 +197,7 @@ def pixel_inpainter(
     with quiet_diffusers(): unet, scheduler = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32), DDIMScheduler.from_pretrained(folder / "scheduler")
     return freeze(PixelInpaintPipeline(clip.model.text_model, clip.tokenizer, unet, scheduler))
 
-# %% ../nbs/09_inpainter_training.ipynb #eb1a050f
+# %% ../nbs/09_inpainter_training.ipynb #c504c436
 @dataclass(frozen=True)
 class InpainterSettings:
     "How the inpainter is made; all of it is written on its card."
@@ -209,6 +212,7 @@ class InpainterSettings:
     mixed: bool = False        # control: every tile from a theme of its own
     seed: int = 0
 
+# %% ../nbs/09_inpainter_training.ipynb #63d16042
 class InpainterTrainer(Trainer):
     "Makes the inpainter: noise a canvas, show what is not hidden, predict the velocity where it is."
     settings, data = InpainterSettings(), "promptbook.inpainter_training.canvases"
@@ -234,14 +238,18 @@ class InpainterTrainer(Trainer):
             self.said |= dict(zip(new, self.clip.model.text_model(ids).last_hidden_state))
         return torch.stack([self.said[t] for t in texts]).to(self.device)
 
-    def step(self, step):
-        "One batch."
+    def batch(self, step):
+        "Canvases, and what the network is given: (data, clean canvases, mask, noise, steps), fixed by seed and step."
         number = self.settings.seed * 1_000_003 + step
         data = canvases(self.settings.batch, number, self.settings.mixed, self.settings.blank)
         generator = torch.Generator().manual_seed(number + 10 ** 8)
-        images, spread = to_canvas(data.tiles) / 127.5 - 1, lambda x: x.view(-1, 1, 3, 3)
-        mask = F.interpolate(spread(data.hole).float(), scale_factor=TILE)
+        images, mask = to_canvas(data.tiles) / 127.5 - 1, F.interpolate(data.hole.view(-1, 1, 3, 3).float(), scale_factor=TILE)
         noise, t = torch.randn(images.shape, generator=generator), (1000 * torch.rand(len(images), generator=generator).sqrt()).long()   # more often much noise: there the references matter
+        return data, images, mask, noise, t
+
+    def step(self, step):
+        "One batch: velocity in the holes, and the heads."
+        data, images, mask, noise, t = self.batch(step)
         noisy, target = self.scheduler.add_noise(images, noise, t), self.scheduler.get_velocity(images, noise, t)
         given = torch.cat([noisy, mask, images * (1 - mask)], 1).to(self.device, memory_format=torch.channels_last)
         with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16):
@@ -249,7 +257,7 @@ class InpainterTrainer(Trainer):
             seen = self.heads(self.features).float().split([len(SHAPES), len(BACKGROUNDS)], 1)
         weight = (mask + self.settings.elsewhere * (1 - mask)).to(self.device)
         wrong = (weight * (out.float() - target.to(self.device)).square()).sum() / (3 * weight.sum())
-        labels = [F.interpolate(spread(x).float(), size=seen[0].shape[-2:])[:, 0].long().to(self.device) for x in (data.shape, data.pattern)]
+        labels = [F.interpolate(x.view(-1, 1, 3, 3).float(), size=seen[0].shape[-2:])[:, 0].long().to(self.device) for x in (data.shape, data.pattern)]
         reading = sum(F.cross_entropy(s, y) for s, y in zip(seen, labels))
         self.update(step, wrong + self.settings.heads * reading, warmup=100)
         keep = min(self.settings.ema, (step + 1) / (step + 10))

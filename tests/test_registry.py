@@ -16,7 +16,7 @@ from promptbook.zoo import load
 
 load_chapters()
 NAMES = sorted(n for n in METHODS if METHODS[n].host == "clip")
-LANGUAGE = sorted(set(METHODS) - set(NAMES))
+LANGUAGE, GENERATOR = (sorted(n for n in METHODS if METHODS[n].host == host) for host in ("language", "generator"))
 DATA = load_data("textures")
 SHOTS = few_shot(DATA.train, 2, seed=0)
 IMAGES = DATA.test.images[::16]
@@ -34,6 +34,14 @@ def trained_method(name, seed=0, epochs=2):
 def test_methods_for_texts_need_a_language_model(name):
     with pytest.raises(ValueError, match=f"'{name}' prompts a language model, such as tiny-t5 or tiny-gpt, and 'tiny-clip' is none"): build(name, load("tiny-clip"), ("a", "b"))
     assert build(name, random_backbone("llama"), ("a", "b"), "").identity["method"] == name
+
+
+@pytest.mark.parametrize("name", GENERATOR)
+def test_methods_for_generators_need_a_generator(name):
+    with pytest.raises(ValueError, match=f"'{name}' prompts an image generator, such as tiny-diffusion, and 'tiny-clip' is none"): build(name, load("tiny-clip"), ())
+
+
+def test_every_method_has_a_host_that_is_tested(): assert sorted([*NAMES, *LANGUAGE, *GENERATOR]) == sorted(METHODS)
 
 
 def test_methods_for_pictures_need_a_clip():
