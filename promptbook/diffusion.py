@@ -10,23 +10,24 @@ __all__ = ['IMAGE_KINDS', 'FIDELITY', 'UNSAID', 'IP_FACTS', 'IMAGE_OPTIONS', 'IM
            'ImagePrompted', 'IPAdapter', 'check_masks', 'one_each', 'draw_with_images', 'LowRankAttention',
            'equal_rank', 'own_network', 'Concatenated', 'FullyTuned', 'TextOnly', 'adapter_count', 'adapter_state',
            'save_adapter', 'fill_adapter', 'load_adapter', 'stirred', 'some_features', 'answered', 'one_layer',
-           'nearly', 'check_count', 'check_off', 'check_copied', 'check_tokens', 'loss_gradients', 'prompted_batch',
-           'check_zero_values', 'check_trained', 'check_mass', 'check_dropped', 'check_several', 'check_parity',
-           'build_ip_adapter', 'build_concatenated', 'build_fully_tuned', 'build_text_only', 'Restyled',
-           'image_following', 'clip_following', 'held_out_loss', 'check_image_experiment', 'image_parts',
+           'nearly', 'check_ip_adapter_count', 'check_ip_adapter_off', 'check_ip_adapter_copied',
+           'check_ip_adapter_tokens', 'loss_gradients', 'prompted_batch', 'check_ip_adapter_zero_values',
+           'check_ip_adapter_trained', 'check_ip_adapter_mass', 'check_ip_adapter_dropped', 'check_ip_adapter_several',
+           'check_ip_adapter_parity', 'build_ip_adapter', 'build_concatenated', 'build_fully_tuned', 'build_text_only',
+           'Restyled', 'image_following', 'clip_following', 'held_out_loss', 'check_image_experiment', 'image_parts',
            'image_prompt_protocol', 'check_decoupled', 'check_size', 'check_dropping', 'check_lost_mass', 'Concept',
-           'novel_concept', 'concept_layout', 'token_ids', 'encode_with', 'ConceptMethod', 'TextualInversion',
-           'textual_inversion', 'same_length', 'draw_concept', 'save_words', 'choose', 'kept_rows', 'ConceptVectors',
-           'ConceptEmbedding', 'cones', 'HandPrompt', 'hand_prompt', 'Stages', 'ConceptLoRA', 'cones_lora', 'Curve',
-           'check_trained_numbers', 'check_start', 'check_nesting', 'check_no_encoder', 'check_repetition',
-           'check_decay', 'steps_to', 'judged', 'placed_sentences', 'generator_of', 'check_personalise', 'personalise',
-           'ConceptClassifier', 'LinearProbe', 'cones_classifier', 'linear_probe', 'check_cosine',
-           'added_to_class_token', 'patch_features', 'Located', 'located', 'focal_loss', 'Grounder', 'grounder',
-           'check_grounding', 'localise', 'bench_generator', 'ConceptStep', 'Bare', 'concept_steps', 'class_steps',
-           'bench_concepts', 'concept_costs', 'check_cost', 'check_speed', 'step_cost', 'check_same_context',
-           'check_slots', 'check_concept_count', 'check_fewer_steps']
+           'novel_concept', 'concept_layout', 'token_ids', 'ConceptMethod', 'TextualInversion', 'textual_inversion',
+           'same_length', 'draw_concept', 'save_words', 'choose', 'kept_rows', 'ConceptVectors', 'ConceptEmbedding',
+           'cones', 'HandPrompt', 'hand_prompt', 'Stages', 'ConceptLoRA', 'cones_lora', 'Curve',
+           'check_cones_trained_numbers', 'check_cones_start', 'check_cones_nesting', 'check_cones_no_encoder',
+           'check_cones_repetition', 'check_cones_decay', 'steps_to', 'judged', 'placed_sentences', 'generator_of',
+           'check_personalise', 'personalise', 'ConceptClassifier', 'LinearProbe', 'cones_classifier', 'linear_probe',
+           'check_cones_cosine', 'added_to_class_token', 'patch_features', 'Located', 'located', 'focal_loss',
+           'Grounder', 'grounder', 'check_grounding', 'localise', 'bench_generator', 'ConceptStep', 'Bare',
+           'concept_steps', 'class_steps', 'bench_concepts', 'concept_costs', 'check_cones_cost', 'check_speed',
+           'step_cost', 'check_same_context', 'check_slots', 'check_concept_count', 'check_fewer_steps']
 
-# %% ../nbs/40_diffusion.ipynb #e2619041
+# %% ../nbs/40_diffusion.ipynb #3fe99d37
 import contextlib
 import copy
 import json
@@ -38,7 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from .generators import (DiffusionMethod, Generator, PixelDiffusionPipeline, PromptedPictures, _Rows, captions, check_pictures, denoising_loss, draw, freeze, load_generator,
+from .generators import (DiffusionMethod, Generator, PixelDiffusionPipeline, PromptedPictures, _Rows, captions, check_pictures, denoising_loss, draw, encode_with, freeze, load_generator,
                                    load_judge, noise, phrase, picture, quiet_diffusers, read_pictures, right, sentence, stable_diffusion_sizes, studio_scenes, truths, words_of)
 import pandas as pd
 import torch
@@ -607,8 +608,8 @@ def one_layer(
 
 def nearly(a, b, tolerance=1e-5): return bool(((a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1)).item())
 
-# %% ../nbs/40_diffusion.ipynb #7e6945a0
-def check_count(generator):
+# %% ../nbs/40_diffusion.ipynb #cae2c9d6
+def check_ip_adapter_count(generator):
     "Fact 1: the number of trained weights is the formula's, here and at the sizes of Stable Diffusion 1.5."
     adapter = IPAdapter(generator)
     widths, context, features = [a.to_q.out_features for a in cross_attentions(generator.unet).values()], generator.unet.config.cross_attention_dim, generator.pipeline.image_encoder.config.projection_dim
@@ -622,7 +623,7 @@ def check_count(generator):
     return count_parameters(real)["trainable"]
 
 @torch.no_grad()
-def check_off(generator):
+def check_ip_adapter_off(generator):
     "Fact 2: with λ = 0 the network answers as without adapter, whatever its weights; taken out, it is the same to the bit; inside one layer the output is affine in λ."
     adapter, plain = stirred(IPAdapter(generator)), answered(generator)
     before, features = list(map(id, generator.unet.attn_processors.values())), [some_features(adapter, 2)]
@@ -635,9 +636,9 @@ def check_off(generator):
         outs[scale] = processor(layer, x, (text, [adapter.image_tokens(features[0])]))
     assert nearly(outs[.5], (outs[0] + outs[1]) / 2) and nearly(outs[2], 2 * outs[1] - outs[0]) and not nearly(outs[0], outs[1], 1e-3)
 
-# %% ../nbs/40_diffusion.ipynb #56b64f1e
+# %% ../nbs/40_diffusion.ipynb #57e09647
 @torch.no_grad()
-def check_copied(generator):
+def check_ip_adapter_copied(generator):
     "Fact 3: copied weights and the text's states as image tokens give (1 + λ) times the text's attention, and the bias of the output projection once."
     adapter = IPAdapter(generator)
     for scale in (.5, 1.):
@@ -646,7 +647,7 @@ def check_copied(generator):
         assert nearly(processor(layer, x, (text, [text[:, None]])) - bias, (1 + scale) * (alone - bias))
 
 @torch.no_grad()
-def check_tokens(generator):
+def check_ip_adapter_tokens(generator):
     "Facts 4 and 5: N equal tokens add the same vector everywhere; the order of tokens does not matter; a mask on the text does not touch the image."
     adapter = stirred(IPAdapter(generator))
     layer, processor, x, text = one_layer(adapter)
@@ -669,8 +670,8 @@ def prompted_batch(method, n=2):
     "Random latents, texts and image embeddings in the columns of a method."
     return dict(latents=_ip_numbers(n, *method.generator.shape, seed=3).to(method.generator.device), states=method.generator.states(["a red star."] * n), image=some_features(method, n)[:, 0])
 
-# %% ../nbs/40_diffusion.ipynb #38fca88b
-def check_zero_values(generator):
+# %% ../nbs/40_diffusion.ipynb #6564ab06
+def check_ip_adapter_zero_values(generator):
     "Fact 6: W'_v = 0 changes nothing at any λ, yet has a gradient; the keys have none."
     adapter, plain = stirred(IPAdapter(generator)), answered(generator)
     for v in adapter.values: nn.init.zeros_(v.weight)
@@ -681,7 +682,7 @@ def check_zero_values(generator):
     assert all(g.abs().max() > 0 for n, g in found.items() if n.startswith("values."))
     assert all(g is None or g.abs().max() == 0 for n, g in found.items() if not n.startswith("values."))
 
-def check_trained(generator):
+def check_ip_adapter_trained(generator):
     "Fact 7: trained are W_p, b_p, the norm and every W'_k, W'_v, nothing of the network; gradients reach the first layer through frozen blocks."
     adapter = stirred(IPAdapter(generator)); adapter.drops = (0., 0., 0.)
     layers = len(cross_attentions(generator.unet))
@@ -691,7 +692,7 @@ def check_trained(generator):
     assert all(p.grad is None and torch.equal(p, weights[n]) for n, p in generator.unet.named_parameters())
 
 @torch.no_grad()
-def check_mass(generator):
+def check_ip_adapter_mass(generator):
     "Fact 8: behind the text, image tokens take attention away from it; with keys of their own both sides have all of it."
     adapter = stirred(IPAdapter(generator))
     layer, processor, x, text = one_layer(adapter)
@@ -705,9 +706,9 @@ def check_mass(generator):
     assert nearly(processor.seen[0].sum(-1), torch.ones(2, layer.heads, 16).to(q))
     return shares[2].mean().item()
 
-# %% ../nbs/40_diffusion.ipynb #b97b9f25
+# %% ../nbs/40_diffusion.ipynb #a33a8eb2
 @torch.no_grad()
-def check_dropped(generator):
+def check_ip_adapter_dropped(generator):
     "Fact 9: a dropped image is LN(b_p), the same for all pictures; the three kinds of dropping are disjoint and as often as they should be."
     adapter = stirred(IPAdapter(generator)); n = 20_000
     bias = adapter.image_tokens.norm(adapter.image_tokens.proj.bias.view(4, -1))
@@ -719,7 +720,7 @@ def check_dropped(generator):
     for got in ((states & ~image), (~states & image), (~states & ~image)): assert abs(got.float().mean() - .05) < .006
 
 @torch.no_grad()
-def check_several(generator):
+def check_ip_adapter_several(generator):
     "Fact 10: two equal adapters add up their λ; an image given twice is an image given once; masks that add up to one share the picture out."
     adapter, other = stirred(IPAdapter(generator)), stirred(IPAdapter(generator), 1)
     one, two = some_features(adapter, 2), some_features(adapter, 2, seed=5)
@@ -736,9 +737,9 @@ def check_several(generator):
         masks[:, 0, :, side // 2:] = 0; masks[:, 1, :, side // 2:] = 1
         assert not nearly(answered(generator, [both], [masks]), whole, 1e-3)
 
-# %% ../nbs/40_diffusion.ipynb #8e6cb8f4
+# %% ../nbs/40_diffusion.ipynb #1e81e255
 @torch.no_grad()
-def check_parity(generator, kind="base"):
+def check_ip_adapter_parity(generator, kind="base"):
     "The same weights in diffusers' own processors give the same answer: one adapter, several, several images, masks, strengths."
     adapter, other = stirred(IPAdapter(generator, kind)), stirred(IPAdapter(generator), 3)
     side = generator.shape[-1]
@@ -753,7 +754,7 @@ def check_parity(generator, kind="base"):
             theirs = answered(generator, features, given)
         assert nearly(ours, theirs), (ours - theirs).abs().max().item()
 
-IP_FACTS = (check_count, check_off, check_copied, check_tokens, check_zero_values, check_trained, check_mass, check_dropped, check_several, check_parity)
+IP_FACTS = (check_ip_adapter_count, check_ip_adapter_off, check_ip_adapter_copied, check_ip_adapter_tokens, check_ip_adapter_zero_values, check_ip_adapter_trained, check_ip_adapter_mass, check_ip_adapter_dropped, check_ip_adapter_several, check_ip_adapter_parity)
 
 # %% ../nbs/40_diffusion.ipynb #8145c32a
 _ip_quick = FitSettings(epochs=4, lr=4e-3, batch=16, optimizer="adamw", schedule="linear", weight_decay=.01)
@@ -958,7 +959,7 @@ def novel_concept(
     return Concept(words, PromptedPictures(images[:shots], tuple(prompts[:shots])), PromptedPictures(images[shots:], tuple(prompts[shots:])),
                    tuple((tuple(TONES)[a], ("even", "furrowed", "tiled", "spotted")[b]) for a, b in zip(tone, ground)))
 
-# %% ../nbs/40_diffusion.ipynb #36c231e8
+# %% ../nbs/40_diffusion.ipynb #6540f3ae
 def concept_layout(
     generator: Generator,      # whose tokenizer and context length to use
     sentences,                 # strings with one {} each
@@ -985,18 +986,6 @@ def token_ids(
     ids = generator.tokenizer(word, add_special_tokens=False).input_ids
     if not ids: raise ValueError("The word that a concept starts from is empty: use a noun, for example 'thing'.")
     return ids
-
-def encode_with(
-    generator: Generator,
-    ids: torch.Tensor,         # (N, L)
-    slots: torch.Tensor,       # (N, k)
-    vectors: torch.Tensor,     # (k, D) in the place of the words' embeddings
-) -> torch.Tensor:             # (N, L, d) text states; gradients reach `vectors` through the whole encoder
-    "Run the frozen text encoder with other word vectors at some places (Textual Inversion)."
-    def put(module, args, embedded): return embedded.scatter(1, slots[:, :, None].expand(-1, -1, embedded.shape[-1]), vectors.to(embedded.dtype).expand(len(ids), -1, -1))
-    handle = generator.text_encoder.get_input_embeddings().register_forward_hook(put)
-    try: return generator.text_encoder(ids)[0]
-    finally: handle.remove()
 
 # %% ../nbs/40_diffusion.ipynb #4a9e4073
 class ConceptMethod(DiffusionMethod):
@@ -1259,14 +1248,14 @@ class Curve(Hook):
             self.steps.append(run.epoch + 1); self.losses.append(self.measure(run.method)); self.at.append(self.seconds)
         self.since = time.perf_counter()
 
-# %% ../nbs/40_diffusion.ipynb #08a2c3cc
+# %% ../nbs/40_diffusion.ipynb #40eaf2f1
 def _some(generator, count=3, seed=0):
     "Latents, noise and steps for a check."
     source = torch.Generator().manual_seed(seed)
     make = lambda: torch.randn(count, *generator.shape, generator=source).to(generator.device, generator.unet.dtype)
     return make(), make(), torch.linspace(100, 900, count).long().to(generator.device)
 
-def check_trained_numbers(generator, clip):
+def check_cones_trained_numbers(generator, clip):
     "Fact 1: ConES trains L·d numbers, Textual Inversion k·d, CoOp m·d."
     count, width = lambda m: count_parameters(m)["trainable"], generator.text_encoder.config.hidden_size
     full = generator.tokenizer.model_max_length
@@ -1276,7 +1265,7 @@ def check_trained_numbers(generator, clip):
     assert count(ConceptEmbedding(generator, mode="slot")) == width and count(ConceptEmbedding(generator, padding="freeze", start=False)) < (full - 1) * width
     assert 77 * 768 == 59_136 and 8 * 768 == 6_144 and 16 * 512 == 8_192                     # the card's own numbers, at the published sizes
 
-def check_start(generator):
+def check_cones_start(generator):
     "Fact 2: before any step the model equals the prompted model exactly (inits text and residual; in every mode that replaces nothing by something else)."
     x, eps, t = _some(generator)
     plain = generator.states(["a photo of a thing."])
@@ -1289,8 +1278,8 @@ def check_start(generator):
         assert torch.equal(TextualInversion(generator).states(["a photo of a {}."]), plain)
         assert not torch.allclose(ConceptEmbedding(generator, init="random").states([""]), plain, atol=.1)
 
-# %% ../nbs/40_diffusion.ipynb #68ff3efe
-def check_nesting(generator):
+# %% ../nbs/40_diffusion.ipynb #8f0da7a0
+def check_cones_nesting(generator):
     "Fact 3: every context of Textual Inversion is a context of ConES at full length, so ConES can fit at least as well; the reverse is not true."
     torch.manual_seed(0)
     words, free = TextualInversion(generator, 2), ConceptEmbedding(generator)
@@ -1312,8 +1301,8 @@ def check_nesting(generator):
     with torch.no_grad(): reached, other = undone(words.states(["a photo of a {}."])), undone(2 * free.context())
     assert torch.allclose(reached, torch.ones_like(reached), atol=.05) and (other - 1).abs().min() > .1   # what the encoder's last normalisation allows, and what it does not
 
-# %% ../nbs/40_diffusion.ipynb #30c83849
-def check_no_encoder(generator):
+# %% ../nbs/40_diffusion.ipynb #26971726
+def check_cones_no_encoder(generator):
     "Fact 4: no text encoder is called, or in memory, in training; the gradient to H passes only through the keys and values of cross-attentions."
     concept = novel_concept(0, size=generator.size)
     method, words = ConceptEmbedding(generator), TextualInversion(generator)
@@ -1337,9 +1326,9 @@ def check_no_encoder(generator):
     finally:
         with torch.no_grad(): [w.copy_(k) for w, k in zip(doors, kept)]
 
-# %% ../nbs/40_diffusion.ipynb #b4740a1c
+# %% ../nbs/40_diffusion.ipynb #75b4e957
 @torch.no_grad()
-def check_repetition(generator):
+def check_cones_repetition(generator):
     "Fact 5: repeating every context row, or changing the order of the rows, leaves what the network computes unchanged."
     x, _, t = _some(generator)
     states = generator.states(["a red star.", "a blue ring.", "a striped heart."])
@@ -1349,8 +1338,8 @@ def check_repetition(generator):
     assert not torch.allclose(other, want, atol=1e-4)
     assert torch.allclose(out(same_length(states, generator.blank()[:, :5])[0]), want, atol=1e-4)
 
-# %% ../nbs/40_diffusion.ipynb #eb06b7ac
-def check_decay(generator):
+# %% ../nbs/40_diffusion.ipynb #c72555f6
+def check_cones_decay(generator):
     "Fact 8: with weight decay and no other gradient a residual concept returns to the template, a free one goes to zero."
     plain, ends = generator.states(["a photo of a thing."])[0], {}
     for init in ("residual", "text"):
@@ -1487,8 +1476,8 @@ def linear_probe(backbone, classes, template):
     "Logistic regression on image features."
     return LinearProbe(backbone, classes, template)
 
-# %% ../nbs/40_diffusion.ipynb #aad59718
-def check_cosine(clip, classes, images, labels):
+# %% ../nbs/40_diffusion.ipynb #a707ebe8
+def check_cones_cosine(clip, classes, images, labels):
     "Fact 6: the cosine loss does not see the length of h, its gradient is orthogonal to h, plain gradient steps lengthen h; with 0 steps the classifier is zero-shot CLIP."
     method = build("cones-classifier", clip, classes)
     assert torch.allclose(method.predict(images), build("zero-shot", clip, classes).predict(images), atol=1e-4)
@@ -1771,8 +1760,8 @@ def concept_costs(
                           for r in rows if latest[r["part"], r["backbone"], r["device"]] == r["run"]])
     return table.set_index(["part", "backbone", "arm"]) if len(table) else table
 
-# %% ../nbs/40_diffusion.ipynb #527c96bc
-def check_cost(generator, clip):
+# %% ../nbs/40_diffusion.ipynb #543275c8
+def check_cones_cost(generator, clip):
     "Fact 7: a step of ConES needs what the network alone needs; Textual Inversion adds one encoder pass and its backward pass; CoOp adds as many as there are classes."
     cost = {name: count_flops(step) for name, step in concept_steps(generator).items()}
     encoder = count_flops(lambda: generator.states(["a photo of a thing."]))

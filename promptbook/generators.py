@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['STUDIO', 'WARMTH', 'SAY', 'FRAMES', 'WARMTHS', 'JUDGED', 'taught', 'studio_scenes', 'picture', 'phrase', 'sentence',
            'words_of', 'captions', 'unet_config', 'noise_schedule', 'PixelDiffusionPipeline', 'Generator',
-           'check_prompts', 'check_pictures', 'read_pictures', 'quiet_diffusers', 'with_clip', 'freeze',
+           'encode_with', 'check_prompts', 'check_pictures', 'read_pictures', 'quiet_diffusers', 'with_clip', 'freeze',
            'load_generator', 'noise', 'draw', 'warmth_bin', 'truths', 'Judge', 'load_judge', 'right',
            'frechet_distance', 'denoising_loss', 'PromptedPictures', 'DiffusionMethod', 'stable_diffusion_sizes',
            'random_stable_diffusion']
@@ -226,6 +226,19 @@ class Generator:
         "Latents (N, C, h, w) as uint8 pictures (N, 3, H, W)."
         pixels = latents if self.vae is None else self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return ((pixels.float() / 2 + .5) * 255).round().clamp(0, 255).to(torch.uint8)
+
+# %% ../nbs/08_generators.ipynb #bacf08c0
+def encode_with(
+    generator: Generator,
+    ids: torch.Tensor,         # (N, L) token ids
+    positions: torch.Tensor,   # (N, K) token positions
+    vectors: torch.Tensor,     # (K, D) or (N, K, D) word vectors that stand there
+) -> torch.Tensor:             # (N, L, d) text states; gradients reach `vectors` through the whole encoder
+    "Run the frozen text encoder with other word vectors at some places."
+    def put(table, args, embedded): return embedded.scatter(1, positions[:, :, None].expand(-1, -1, embedded.shape[-1]), vectors.to(embedded.dtype).expand(len(ids), -1, -1))
+    handle = generator.text_encoder.get_input_embeddings().register_forward_hook(put)
+    try: return generator.text_encoder(ids)[0]
+    finally: handle.remove()
 
 # %% ../nbs/08_generators.ipynb #bd8e395b
 def check_prompts(

@@ -197,11 +197,11 @@ def pixel_inpainter(
     with quiet_diffusers(): unet, scheduler = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32), DDIMScheduler.from_pretrained(folder / "scheduler")
     return freeze(PixelInpaintPipeline(clip.model.text_model, clip.tokenizer, unet, scheduler))
 
-# %% ../nbs/09_inpainter_training.ipynb #c504c436
+# %% ../nbs/09_inpainter_training.ipynb #cfb5a814
 @dataclass(frozen=True)
 class InpainterSettings:
     "How the inpainter is made; all of it is written on its card."
-    steps: int = 3600          # optimiser steps
+    steps: int = 2700          # optimiser steps
     batch: int = 32            # canvases a step
     lr: float = 1e-3           # peak learning rate of AdamW, warmed up over 100 steps, then cosine
     weight_decay: float = .01

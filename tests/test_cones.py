@@ -40,8 +40,8 @@ def data(): return load_data("textures")
 
 
 # facts ---------------------------------------------------------------------------------------------------------------
-CHECKS = {"check_trained_numbers": lambda g, c, d: (g, c), "check_start": lambda g, c, d: (g,), "check_nesting": lambda g, c, d: (g,), "check_no_encoder": lambda g, c, d: (g,), "check_repetition": lambda g, c, d: (g,),
-          "check_cost": lambda g, c, d: (g, c), "check_decay": lambda g, c, d: (g,)}
+CHECKS = {"check_cones_trained_numbers": lambda g, c, d: (g, c), "check_cones_start": lambda g, c, d: (g,), "check_cones_nesting": lambda g, c, d: (g,), "check_cones_no_encoder": lambda g, c, d: (g,), "check_cones_repetition": lambda g, c, d: (g,),
+          "check_cones_cost": lambda g, c, d: (g, c), "check_cones_decay": lambda g, c, d: (g,)}
 
 
 @pytest.mark.parametrize("kind", ("pixels", "stable diffusion"))
@@ -49,7 +49,7 @@ CHECKS = {"check_trained_numbers": lambda g, c, d: (g, c), "check_start": lambda
 def test_facts_hold_on_any_weights(generators, clip, data, check, kind): getattr(cones, check)(*CHECKS[check](generators[kind], clip, data))
 
 
-def test_fact_6_on_any_weights(backbone): cones.check_cosine(backbone, ["red star", "blue ring", "heart"], PICTURES, torch.tensor([0, 1, 2, 0, 1, 2]))
+def test_fact_6_on_any_weights(backbone): cones.check_cones_cosine(backbone, ["red star", "blue ring", "heart"], PICTURES, torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
 def leaky(self, sentences, real=ConceptEmbedding.states):
@@ -58,14 +58,14 @@ def leaky(self, sentences, real=ConceptEmbedding.states):
 
 
 SABOTAGE = [
-    ("check_trained_numbers", "the start row is forgotten", lambda m: m.setattr(cones, "kept_rows", lambda length, tokens: list(range(1, length)))),
-    ("check_start", "start from another sentence", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: real(self).roll(1, 0))),
-    ("check_nesting", "rows are normalised again", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: F.layer_norm(real(self), real(self).shape[-1:]))),
-    ("check_no_encoder", "the encoder runs in each step", lambda m: m.setattr(ConceptEmbedding, "states", leaky)),
-    ("check_no_encoder", "the context is detached", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: real(self).detach() + 0 * self.vectors.sum())),
-    ("check_repetition", "padded with zeros", lambda m: m.setattr(cones, "same_length", lambda a, b: (F.pad(a, (0, 0, 0, 8)), b))),
-    ("check_cost", "the encoder runs in each step", lambda m: m.setattr(ConceptEmbedding, "states", leaky)),
-    ("check_decay", "both are residual", lambda m: m.setattr(ConceptEmbedding, "context", lambda self: self.base.index_add(0, self.free, self.vectors)))]
+    ("check_cones_trained_numbers", "the start row is forgotten", lambda m: m.setattr(cones, "kept_rows", lambda length, tokens: list(range(1, length)))),
+    ("check_cones_start", "start from another sentence", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: real(self).roll(1, 0))),
+    ("check_cones_nesting", "rows are normalised again", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: F.layer_norm(real(self), real(self).shape[-1:]))),
+    ("check_cones_no_encoder", "the encoder runs in each step", lambda m: m.setattr(ConceptEmbedding, "states", leaky)),
+    ("check_cones_no_encoder", "the context is detached", lambda m: m.setattr(ConceptEmbedding, "context", lambda self, real=ConceptEmbedding.context: real(self).detach() + 0 * self.vectors.sum())),
+    ("check_cones_repetition", "padded with zeros", lambda m: m.setattr(cones, "same_length", lambda a, b: (F.pad(a, (0, 0, 0, 8)), b))),
+    ("check_cones_cost", "the encoder runs in each step", lambda m: m.setattr(ConceptEmbedding, "states", leaky)),
+    ("check_cones_decay", "both are residual", lambda m: m.setattr(ConceptEmbedding, "context", lambda self: self.base.index_add(0, self.free, self.vectors)))]
 
 
 @pytest.mark.parametrize("check, name, sabotage", SABOTAGE, ids=[f"{c}: {n}" for c, n, _ in SABOTAGE])
@@ -76,7 +76,7 @@ def test_facts_can_fail(generators, clip, data, monkeypatch, check, name, sabota
 
 def test_cosine_can_fail(backbone, monkeypatch):
     monkeypatch.setattr(cones.ConceptClassifier, "text_features", lambda self, prompts=None, texts=None: self.vectors)
-    with pytest.raises(AssertionError): cones.check_cosine(backbone, ["red star", "blue ring", "heart"], PICTURES, torch.tensor([0, 1, 2, 0, 1, 2]))
+    with pytest.raises(AssertionError): cones.check_cones_cosine(backbone, ["red star", "blue ring", "heart"], PICTURES, torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
 # Textual Inversion ---------------------------------------------------------------------------------------------------

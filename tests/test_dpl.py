@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from exercises import check_solutions
+from test_tprompter import CHECKERS as THEME_CHECKERS
 
-from promptbook import _dev_dpl as dpl
+from promptbook import editing as dpl
 from promptbook.attention import Store, null_text
 from promptbook.experiment import CLAIMS, Experiment, canonical, full_scale_claim
 from promptbook.generators import Generator, freeze, load_judge, noise_schedule, random_stable_diffusion, unet_config, with_clip
 from promptbook.learn import METHODS, build
 
-NOTEBOOK = "41a_dpl"
+NOTEBOOK = "41_editing"
 SHORT = dpl.DPLSettings(steps=3, token_steps=2, null_steps=2)
 
 
@@ -38,16 +39,16 @@ def found(generator, given): return dpl.dynamic_prompt_learning(generator, **giv
 
 # the card's facts -----------------------------------------------------------------------------------------------------
 def test_facts_about_losses_thresholds_and_cost():
-    for check in (dpl.check_losses_lie_between_0_and_1, dpl.check_the_background_loss_asks_for_peaks, dpl.check_thresholds_decrease, dpl.check_most_of_the_cost_is_null_text_inversion, dpl.check_clusters_find_the_ground): check()
+    for check in (dpl.check_dpl_losses_lie_between_0_and_1, dpl.check_dpl_the_background_loss_asks_for_peaks, dpl.check_dpl_thresholds_decrease, dpl.check_dpl_most_of_the_cost_is_null_text_inversion, dpl.check_dpl_clusters_find_the_ground): check()
 
 
 def test_facts_about_a_run(generator, given, found, pairs):
-    dpl.check_trained_numbers(found)
-    dpl.check_own_vectors_change_nothing(generator, pairs.captions[0], pairs.nouns[0])
-    dpl.check_no_word_steps_is_null_text_inversion(generator, **given, settings=SHORT)
-    dpl.check_only_the_nouns_learn(generator, **given, settings=SHORT)
-    dpl.check_pictures_are_tuned_as_if_alone(generator, **given, settings=SHORT)
-    dpl.check_editing_into_itself(found)
+    dpl.check_dpl_trained_numbers(found)
+    dpl.check_dpl_own_vectors_change_nothing(generator, pairs.captions[0], pairs.nouns[0])
+    dpl.check_dpl_no_word_steps_is_null_text_inversion(generator, **given, settings=SHORT)
+    dpl.check_dpl_only_the_nouns_learn(generator, **given, settings=SHORT)
+    dpl.check_dpl_pictures_are_tuned_as_if_alone(generator, **given, settings=SHORT)
+    dpl.check_dpl_editing_into_itself(found)
 
 
 def test_own_vectors_leave_the_maps_as_they_are(generator, pairs):
@@ -67,7 +68,7 @@ def test_words_are_handed_on_and_recorded(found):
 
 def test_sabotage_a_carried_blank_is_noticed(generator, given, monkeypatch):
     monkeypatch.setattr(dpl, "null_text", lambda *a, carry, **k: null_text(*a, carry=True, **k))
-    with pytest.raises(AssertionError): dpl.check_no_word_steps_is_null_text_inversion(generator, **given, settings=SHORT)
+    with pytest.raises(AssertionError): dpl.check_dpl_no_word_steps_is_null_text_inversion(generator, **given, settings=SHORT)
 
 
 def test_sabotage_momentum_in_a_stopped_picture_is_noticed(generator, given, monkeypatch):
@@ -246,8 +247,8 @@ def test_stable_diffusions_classes_run_the_same_lines(pairs):
     settings = replace(dpl.PUBLISHED, steps=2, token_steps=2, null_steps=1, size=8, self_size=8)
     given = dict(images=photos, captions=pairs.captions[:2], nouns=pairs.nouns[:2])
     found = dpl.dynamic_prompt_learning(big, **given, settings=settings)
-    dpl.check_trained_numbers(found); dpl.check_own_vectors_change_nothing(big, pairs.captions[0], pairs.nouns[0])
-    dpl.check_no_word_steps_is_null_text_inversion(big, **given, settings=settings)
+    dpl.check_dpl_trained_numbers(found); dpl.check_dpl_own_vectors_change_nothing(big, pairs.captions[0], pairs.nouns[0])
+    dpl.check_dpl_no_word_steps_is_null_text_inversion(big, **given, settings=settings)
     assert dpl.edit_pictures(found, [c.replace(n[0], "heart") for c, n in zip(*(given[k] for k in ("captions", "nouns")))])[1].shape == photos.shape
 
 
@@ -255,7 +256,7 @@ def test_stable_diffusions_classes_run_the_same_lines(pairs):
 CHECKERS = ["check_disjoint", "check_gaussian", "check_spill"]
 
 
-def test_every_folded_solution_passes_its_checker(): check_solutions(dpl, CHECKERS, NOTEBOOK)
+def test_every_folded_solution_passes_its_checker(): check_solutions(dpl, CHECKERS + THEME_CHECKERS, NOTEBOOK)
 
 
 def cosines(maps): a = F.normalize(maps.flatten(2), dim=-1); return a @ a.transpose(1, 2)

@@ -45,8 +45,8 @@ def test_facts_hold_on_any_weights(generator, stable, fact, kind): fact(stable i
 
 
 def test_plus_has_parity_too(generator, stable):
-    chapter.check_parity(generator, "plus")
-    chapter.check_parity(stable, "plus")
+    chapter.check_ip_adapter_parity(generator, "plus")
+    chapter.check_ip_adapter_parity(stable, "plus")
 
 
 class Stays:
@@ -85,21 +85,21 @@ def three_draws(self, batch):
 
 real_branch, real_tokens, real_count = DecoupledAttention.branch, ImageTokens.forward, chapter.adapter_count
 SABOTAGE = [
-    ("check_count", "bias of the projection forgotten", lambda m: m.setattr(chapter, "adapter_count", lambda w, c, f, n=4: real_count(w, c, f, n) - n * c)),
-    ("check_off", "strength ignored", lambda m: m.setattr(chapter, "check_strength", lambda s: 1.)),
-    ("check_off", "stays in the network", lambda m: m.setattr(chapter, "installed", Stays)),
-    ("check_copied", "two complete modules: the bias twice", lambda m: m.setattr(DecoupledAttention, "__call__", complete_modules)),
-    ("check_copied", "weights not copied", lambda m: m.setattr(IPAdapter, "__init__", lambda self, g, kind="base", tokens=None, copy_weights=True, real=IPAdapter.__init__: real(self, g, kind, tokens, False))),
-    ("check_tokens", "tokens know their place", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s * (1 + torch.arange(s.shape[1]).view(1, -1, 1)), a))),
-    ("check_zero_values", "not through the values", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s, a) + .1 * q)),
-    ("check_trained", "no gradient to the tokens", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s.detach(), a))),
-    ("check_mass", "softmax of the keys, as in the stored map", lambda m: m.setattr(chapter, "softmax_attention", transposed)),
-    ("check_dropped", "tokens set to zero", lambda m: m.setattr(ImageTokens, "forward", lambda self, v: real_tokens(self, v) * (v.abs().sum(-1) > 0)[..., None, None])),
-    ("check_dropped", "three draws", lambda m: m.setattr(ImagePrompted, "dropped", three_draws)),
-    ("check_several", "a softmax for each image", lambda m: m.setattr(DecoupledAttention, "image_part", own_softmax_each)),
-    ("check_parity", "masks by nearest neighbour", lambda m: m.setattr(chapter, "mask_on_grid", lambda mask, n: F.interpolate(mask[None], size=(round(n ** .5),) * 2, mode="nearest")[0].flatten(1)[..., None])),
-    ("check_parity", "layers numbered without gaps", lambda m: m.setattr(chapter, "adapter_state", lambda a: {"image_proj": adapter_state(a)["image_proj"], "ip_adapter": {f"{int(k.split('.')[0]) // 2}.{k.split('.', 1)[1]}": v for k, v in adapter_state(a)["ip_adapter"].items()}})),
-    ("check_parity", "last adapter forgotten", lambda m: m.setattr(DecoupledAttention, "image_part", lambda self, attn, q, images, masks, real=DecoupledAttention.image_part: real(self, attn, q, images[:1], masks)))]
+    ("check_ip_adapter_count", "bias of the projection forgotten", lambda m: m.setattr(chapter, "adapter_count", lambda w, c, f, n=4: real_count(w, c, f, n) - n * c)),
+    ("check_ip_adapter_off", "strength ignored", lambda m: m.setattr(chapter, "check_strength", lambda s: 1.)),
+    ("check_ip_adapter_off", "stays in the network", lambda m: m.setattr(chapter, "installed", Stays)),
+    ("check_ip_adapter_copied", "two complete modules: the bias twice", lambda m: m.setattr(DecoupledAttention, "__call__", complete_modules)),
+    ("check_ip_adapter_copied", "weights not copied", lambda m: m.setattr(IPAdapter, "__init__", lambda self, g, kind="base", tokens=None, copy_weights=True, real=IPAdapter.__init__: real(self, g, kind, tokens, False))),
+    ("check_ip_adapter_tokens", "tokens know their place", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s * (1 + torch.arange(s.shape[1]).view(1, -1, 1)), a))),
+    ("check_ip_adapter_zero_values", "not through the values", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s, a) + .1 * q)),
+    ("check_ip_adapter_trained", "no gradient to the tokens", lambda m: m.setattr(DecoupledAttention, "branch", lambda self, attn, q, s, a: real_branch(self, attn, q, s.detach(), a))),
+    ("check_ip_adapter_mass", "softmax of the keys, as in the stored map", lambda m: m.setattr(chapter, "softmax_attention", transposed)),
+    ("check_ip_adapter_dropped", "tokens set to zero", lambda m: m.setattr(ImageTokens, "forward", lambda self, v: real_tokens(self, v) * (v.abs().sum(-1) > 0)[..., None, None])),
+    ("check_ip_adapter_dropped", "three draws", lambda m: m.setattr(ImagePrompted, "dropped", three_draws)),
+    ("check_ip_adapter_several", "a softmax for each image", lambda m: m.setattr(DecoupledAttention, "image_part", own_softmax_each)),
+    ("check_ip_adapter_parity", "masks by nearest neighbour", lambda m: m.setattr(chapter, "mask_on_grid", lambda mask, n: F.interpolate(mask[None], size=(round(n ** .5),) * 2, mode="nearest")[0].flatten(1)[..., None])),
+    ("check_ip_adapter_parity", "layers numbered without gaps", lambda m: m.setattr(chapter, "adapter_state", lambda a: {"image_proj": adapter_state(a)["image_proj"], "ip_adapter": {f"{int(k.split('.')[0]) // 2}.{k.split('.', 1)[1]}": v for k, v in adapter_state(a)["ip_adapter"].items()}})),
+    ("check_ip_adapter_parity", "last adapter forgotten", lambda m: m.setattr(DecoupledAttention, "image_part", lambda self, attn, q, images, masks, real=DecoupledAttention.image_part: real(self, attn, q, images[:1], masks)))]
 
 
 @pytest.mark.parametrize("check, name, sabotage", SABOTAGE, ids=[f"{c}: {n}" for c, n, _ in SABOTAGE])

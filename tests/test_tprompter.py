@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel, UNet2DConditionModel
-from exercises import check_solutions
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from promptbook import _dev_tprompter as T
+from promptbook import editing as T
 from promptbook import experiment as ex
 from promptbook import generators as G
 from promptbook import inpainter_training as W
@@ -18,7 +17,7 @@ from promptbook.experiment import CLAIMS, Experiment
 from promptbook.universe import BACKGROUNDS, SHAPES
 from promptbook.zoo import load, vocabulary, word_tokenizer
 
-NOTEBOOK = "41b_tprompter"
+NOTEBOOK = "41_editing"
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +142,10 @@ def test_the_loss_is_that_of_hidden_pixels(monkeypatch):
 def test_facts_on_every_pipeline(name, request, told):
     inpainter, (theme, asks) = request.getfixturevalue(name), told
     method = staged(inpainter)
-    frame = T.check_nothing_is_trained(method, theme, asks[0])
-    T.check_hidden_sixth(method, theme, asks[0])
-    T.check_constant_theme(method, asks[1], theme.pictures[0])
-    T.check_mask_everything(inpainter, frame.canvases[0], frame.canvases[1], asks[0].prompt, steps=2)
+    frame = T.check_t_prompter_nothing_is_trained(method, theme, asks[0])
+    T.check_t_prompter_hidden_sixth(method, theme, asks[0])
+    T.check_t_prompter_constant_theme(method, asks[1], theme.pictures[0])
+    T.check_t_prompter_mask_everything(inpainter, frame.canvases[0], frame.canvases[1], asks[0].prompt, steps=2)
     assert inpainter.usual["prefix"] == ("" if name == "tiny" else T.PREFIX)
 
 
@@ -155,23 +154,23 @@ def test_what_the_hidden_sixth_is_checked_against(tiny, told, monkeypatch):
     leaky = W.PixelInpaintPipeline.__call__
     def with_leak(self, *args, image=None, mask_image=None, **kw): return leaky(self, *args, image=image, mask_image=mask_image * (torch.arange(mask_image.shape[-1]) != 20), **kw)
     monkeypatch.setattr(W.PixelInpaintPipeline, "__call__", with_leak)                        # one column of the hole is not blanked
-    with pytest.raises(AssertionError): T.check_hidden_sixth(staged(tiny), theme, asks[0])
+    with pytest.raises(AssertionError): T.check_t_prompter_hidden_sixth(staged(tiny), theme, asks[0])
 
 
 def test_matching_facts_on_random_and_equal_similarities():
-    for seed in range(3): T.check_matching_is_greedy(torch.randn(3, 14, generator=torch.Generator().manual_seed(seed)))
+    for seed in range(3): T.check_t_prompter_matching_is_greedy(torch.randn(3, 14, generator=torch.Generator().manual_seed(seed)))
     found = T.match(torch.randn(3, 7))                                                       # seven pictures: the last element has one, three times
     assert len(set(found[2])) == 1 and len({k for f in found for k in f}) == 7
     with pytest.raises(ValueError, match="element 3 has none"): T.match(torch.randn(3, 6))
     independent = lambda s, count=3: s.topk(3, 1).indices.tolist()
     original, T.match = T.match, independent
     try:
-        with pytest.raises(AssertionError): T.check_matching_is_greedy(torch.randn(3, 14))
+        with pytest.raises(AssertionError): T.check_t_prompter_matching_is_greedy(torch.randn(3, 14))
     finally: T.match = original
 
 
 def test_cost_is_counted(tiny, stable):
-    T.check_cost(tiny, 16); T.check_cost(stable, 64)
+    T.check_t_prompter_cost(tiny, 16); T.check_t_prompter_cost(stable, 64)
     assert T.canvas_cost(tiny, 48)[1] == 4 * 144 ** 2                                        # four layers of attention at quarter size
 
 
@@ -334,9 +333,6 @@ def test_full_scale_on_folders_with_another_clip_as_judge(tmp_path, stable, monk
 
 # -- exercises ----------------------------------------------------------------------------------------------------------
 CHECKERS = ["check_greedy", "check_visible", "check_influence"]
-
-
-def test_every_folded_solution_passes_its_checker(): check_solutions(T, CHECKERS, NOTEBOOK)
 
 
 def swap(canvas, other, slot):
