@@ -5,18 +5,18 @@ __all__ = ['TILE', 'CAST', 'PLACES', 'HELD_OUT', 'Themes', 'art_style', 'draw_th
            'to_canvas', 'Canvases', 'canvases', 'caption', 'inpainter_config', 'PixelInpaintPipeline',
            'pixel_inpainter', 'InpainterSettings', 'InpainterTrainer', 'what_it_fills']
 
-# %% ../nbs/09_inpainter_training.ipynb #c9b2bb06
+# %% ../nbs/09_inpainter_training.ipynb #8d77d72d
 import random
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from .generators import FRAMES, STUDIO, PixelDiffusionPipeline, freeze, noise_schedule, quiet_diffusers, sentence, taught                                # first: it keeps the notices of diffusers quiet
 from diffusers import DDIMScheduler, ImagePipelineOutput, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from .generators import FRAMES, STUDIO, PixelDiffusionPipeline, freeze, noise_schedule, quiet_diffusers, sentence, taught
 from .universe import BACKGROUNDS, CANVAS, COLOURS, SHAPES, TEXTURES, TONES, _background_mask, _by_index, _second_colour, _shape_distance, _texture_mask
 from .zoo import TRAINERS, ZOO, Trainer, _check_hash, load
 
