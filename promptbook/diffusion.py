@@ -1416,7 +1416,7 @@ def personalise(experiment, progress=None):
         about["seconds to 95"] = about["steps to 95"] * about["ms a step"] / 1000
     return seen | about
 
-# %% ../nbs/40_diffusion.ipynb #461cb373
+# %% ../nbs/40_diffusion.ipynb #0b9d1257
 _ti, _ce, _lora = {"lr": [.01, .03]}, {"lr": [.03, .1]}, {"rate": [.002, .008]}
 _tiny_world = "A frozen pixel generator of 3.7 million parameters and concepts of the universe instead of Stable Diffusion and photographs of things."
 _rebuilt = "Only the abstract could be read: initial values, length, rates, steps, and how a concept enters a new sentence are this course's choices."
@@ -1424,7 +1424,7 @@ _rebuilt = "Only the abstract could be read: initial values, length, rates, step
 CONES_CLAIM = register_claim(Claim(
     "cones", "cones", "Personalising a generator by training the text encoder's output beats new word vectors (Textual Inversion) in fewer steps, and is a better start for tuning the network.",
     arms=[Arm("hand prompt", "hand-prompt"), Arm("TI, 1 word", "textual-inversion", grid=_ti), Arm("TI, 4 words", "textual-inversion", {"words": 4}, grid=_ti),
-          Arm("ConES", "cones", grid=_ce), Arm("ConES, random", "cones", {"init": "random"}, grid=_ce), Arm("ConES, residual", "cones", {"init": "residual"}, grid=_ce), Arm("ConES, 8 rows", "cones", {"length": 8}, grid=_ce),
+          Arm("ConES", "cones", grid=_ce), Arm("ConES, random", "cones", {"init": "random"}, grid=_ce), Arm("ConES, residual", "cones", {"init": "residual"}, grid=_ce), Arm("ConES, 8 rows", "cones", {"length": 8}, grid=_ce, full={"length": 8}),
           Arm("ConES, slot", "cones", {"mode": "slot"}, grid=_ce), Arm("LoRA", "cones-lora", {"share": 0.}, grid=_lora), Arm("ConES, LoRA", "cones-lora", grid=_lora)],
     data=["novel-concepts"], protocol="personalise", metric="fidelity", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["novel-concepts"],
     seeds=[1, 2, 3, 4, 5], tuning_seeds=[102], tuning_metric="val_gain",
@@ -1796,10 +1796,10 @@ def step_cost(experiment, progress=None):
     return {"relative": cost.loc["arm", "ratio"], "ms a step": 1000 * cost.loc["arm", "seconds"], "ms of the yardstick": 1000 * cost.loc["yardstick", "seconds"], "operations": cost.loc["arm", "flops"] / cost.loc["yardstick", "flops"],
             "trainable": count_parameters(steps["arm"].method)["trainable"]}
 
-# %% ../nbs/40_diffusion.ipynb #2c20b2c5
+# %% ../nbs/40_diffusion.ipynb #25af5320
 CONES_SPEED = register_claim(Claim(
     "cones-speed", "cones", "Without the text encoder a training step of personalisation is much cheaper.",
-    arms=[Arm("TI, 1 word", "textual-inversion"), Arm("TI, 4 words", "textual-inversion", {"words": 4}), Arm("ConES", "cones"), Arm("ConES, 8 rows", "cones", {"length": 8})],
+    arms=[Arm("TI, 1 word", "textual-inversion"), Arm("TI, 4 words", "textual-inversion", {"words": 4}), Arm("ConES", "cones"), Arm("ConES, 8 rows", "cones", {"length": 8}, full={"length": 8})],
     data=["a step"], protocol="step-cost", metric="relative", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["a step"], seeds=[1, 2, 3, 4, 5],
     comparisons=[Comparison("ConES", "TI, 1 word", "relative", "less"), Comparison("ConES", "TI, 1 word", "relative", "less", .5), Comparison("ConES, 8 rows", "ConES", "relative", "less")],
     reported=[dict(what="personalised generation", number="about 60 to about 10 minutes", source="abstract")],

@@ -333,9 +333,9 @@ def test_one_gpu_for_each_worker_in_turn():
 def test_a_chapter_that_does_not_exist_is_passed_over_but_an_error_inside_one_is_not(tmp_path, monkeypatch):
     (tmp_path / "broken_chapter.py").write_text("import a_module_that_does_not_exist\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(ex, "CHAPTERS", ["promptbook.no_such_chapter", "toy_protocols"])
+    monkeypatch.setattr(ex, "CHAPTERS", {"promptbook.no_such_chapter": (), "toy_protocols": (), "os": ("a_package_that_is_not_installed",)})
     assert ex.load_chapters() == ["toy_protocols"]
-    monkeypatch.setattr(ex, "CHAPTERS", ["broken_chapter"])
+    monkeypatch.setattr(ex, "CHAPTERS", {"broken_chapter": ()})
     with pytest.raises(ModuleNotFoundError, match="a_module_that_does_not_exist"):
         ex.load_chapters()
 

@@ -303,7 +303,7 @@ def test_errors_say_what_to_do(generator, stable, pictures, tmp_path):
 
 
 def test_unreachable_hub_is_one_sentence(generator, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)     # no patient retries
     with pytest.raises(FileNotFoundError, match="could not be fetched.*tiny scale") as caught: load_adapter(generator, "nobody/no-adapter")
     assert "\n" not in str(caught.value)
 
