@@ -123,7 +123,7 @@ def find_protocol(
 
 # %% ../nbs/06_experiment.ipynb #871024b9
 CHAPTERS = {"promptbook.soft": (), "promptbook.adaptive": (), "promptbook.clip": (), "promptbook.multimodal": (), "promptbook.consistency": (),
-            "promptbook.diffusion": ("diffusers", "peft")}    # module -> the optional packages it needs
+            "promptbook.diffusion": ("diffusers", "peft"), "promptbook.editing": ("diffusers",)}    # module -> the optional packages it needs
 
 def load_chapters() -> list:  # names of the modules that were imported
     "Import every chapter that exists, so that its methods, protocols and claims are registered."

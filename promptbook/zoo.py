@@ -305,12 +305,13 @@ def _pretraining_inputs(settings, step, tokenizer, pieces):
 def _trainer(name):
     "The class that makes a zoo model; language models and image generators have notebooks of their own."
     if name != "tiny-clip": importlib.import_module("promptbook.pretraining")
-    if name not in TRAINERS and importlib.util.find_spec("diffusers"): importlib.import_module("promptbook.generator_training")
+    if name not in TRAINERS and importlib.util.find_spec("diffusers"):
+        for module in ("generator_training", "inpainter_training"): importlib.import_module(f"promptbook.{module}")
     if name not in TRAINERS: raise ValueError(f"'{name}' is not a zoo model that can be remade here; known: {', '.join(TRAINERS)}.")
     return TRAINERS[name]
 
 def pretrain(
-    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt", "tiny-t5"; with diffusers also "tiny-diffusion", "tiny-judge"
+    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt", "tiny-t5"; with diffusers also "tiny-diffusion", "tiny-judge", "tiny-inpaint"
     output=None,               # folder for the result; default: the zoo inside the package
     steps: int = None,         # fewer steps for a trial
     seed: int = None,          # another seed
