@@ -121,7 +121,7 @@ def test_training_resumes_exactly_and_the_loss_looks_into_the_hole(tmp_path):
 
 def test_the_loss_is_that_of_hidden_pixels(monkeypatch):
     torch.manual_seed(0)
-    trainer, given = W.InpainterTrainer(replace(W.InpainterSettings(), batch=3, elsewhere=0., heads=0.), "cpu", None), {}
+    trainer, given = W.InpainterTrainer(replace(W.InpainterSettings(), batch=3, elsewhere=0., inside=0., heads=0., palette=0.), "cpu", None), {}
     original = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda x, t, **k: given.update(x=x.detach().clone(), t=t) or original(x, t, **k))
     monkeypatch.setattr(trainer, "update", lambda step, loss, warmup: given.update(loss=loss.item()))
