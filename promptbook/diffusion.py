@@ -14,18 +14,19 @@ __all__ = ['IMAGE_KINDS', 'FIDELITY', 'UNSAID', 'IP_FACTS', 'IMAGE_OPTIONS', 'IM
            'check_ip_adapter_tokens', 'loss_gradients', 'prompted_batch', 'check_ip_adapter_zero_values',
            'check_ip_adapter_trained', 'check_ip_adapter_mass', 'check_ip_adapter_dropped', 'check_ip_adapter_several',
            'check_ip_adapter_parity', 'build_ip_adapter', 'build_concatenated', 'build_fully_tuned', 'build_text_only',
-           'Restyled', 'image_following', 'clip_following', 'held_out_loss', 'check_image_experiment', 'image_parts',
-           'image_prompt_protocol', 'check_decoupled', 'check_size', 'check_dropping', 'check_lost_mass', 'Concept',
-           'novel_concept', 'concept_layout', 'token_ids', 'ConceptMethod', 'TextualInversion', 'textual_inversion',
-           'same_length', 'draw_concept', 'save_words', 'choose', 'kept_rows', 'ConceptVectors', 'ConceptEmbedding',
-           'cones', 'HandPrompt', 'hand_prompt', 'Stages', 'ConceptLoRA', 'cones_lora', 'Curve',
-           'check_cones_trained_numbers', 'check_cones_start', 'check_cones_nesting', 'check_cones_no_encoder',
-           'check_cones_repetition', 'check_cones_decay', 'steps_to', 'judged', 'placed_sentences', 'generator_of',
-           'check_personalise', 'personalise', 'ConceptClassifier', 'LinearProbe', 'cones_classifier', 'linear_probe',
-           'check_cones_cosine', 'added_to_class_token', 'patch_features', 'Located', 'located', 'focal_loss',
-           'Grounder', 'grounder', 'check_grounding', 'localise', 'bench_generator', 'ConceptStep', 'Bare',
-           'concept_steps', 'class_steps', 'bench_concepts', 'concept_costs', 'check_cones_cost', 'check_speed',
-           'step_cost', 'check_same_context', 'check_slots', 'check_concept_count', 'check_fewer_steps']
+           'Restyled', 'image_following', 'clip_following', 'held_out_loss', 'mixed_precision',
+           'check_image_experiment', 'image_parts', 'image_prompt_protocol', 'check_decoupled', 'check_size',
+           'check_dropping', 'check_lost_mass', 'Concept', 'novel_concept', 'concept_layout', 'token_ids',
+           'ConceptMethod', 'TextualInversion', 'textual_inversion', 'same_length', 'draw_concept', 'save_words',
+           'choose', 'kept_rows', 'ConceptVectors', 'ConceptEmbedding', 'cones', 'HandPrompt', 'hand_prompt', 'Stages',
+           'ConceptLoRA', 'cones_lora', 'Curve', 'check_cones_trained_numbers', 'check_cones_start',
+           'check_cones_nesting', 'check_cones_no_encoder', 'check_cones_repetition', 'check_cones_decay', 'steps_to',
+           'judged', 'placed_sentences', 'generator_of', 'check_personalise', 'personalise', 'ConceptClassifier',
+           'LinearProbe', 'cones_classifier', 'linear_probe', 'check_cones_cosine', 'added_to_class_token',
+           'patch_features', 'Located', 'located', 'focal_loss', 'Grounder', 'grounder', 'check_grounding', 'localise',
+           'bench_generator', 'ConceptStep', 'Bare', 'concept_steps', 'class_steps', 'bench_concepts', 'concept_costs',
+           'check_cones_cost', 'check_speed', 'step_cost', 'check_same_context', 'check_slots', 'check_concept_count',
+           'check_fewer_steps']
 
 # %% ../nbs/40_diffusion.ipynb #3fe99d37
 import contextlib
@@ -828,7 +829,7 @@ def clip_following(
     cosine = lambda a, b: 100 * (a * b).sum(-1).mean().item()
     return {"fidelity": cosine(alone, own), "clip_t": cosine(alone, words(list(pictures.prompts))), "control": cosine(both, words(texts)), "kept": cosine(both, own)}
 
-# %% ../nbs/40_diffusion.ipynb #1fe795ec
+# %% ../nbs/40_diffusion.ipynb #a874cea7
 @torch.no_grad()
 def held_out_loss(
     method: ImagePrompted,
@@ -843,7 +844,14 @@ def held_out_loss(
     try: return sum(method({k: v[rows] for k, v in columns.items()})["loss"].item() * len(rows) for _ in range(draws) for rows in torch.arange(len(pictures)).split(batch)) / draws / len(pictures)
     finally: method.drops = usual
 
-IMAGE_OPTIONS = {"train": 512, "test": 40, "val_pictures": 64, "steps": 12, "guidance": 3., "dtype": "float32", "judge": "openai/clip-vit-large-patch14"}
+def mixed_precision(
+    generator: Generator,
+    on: bool = True,
+):                             # for a with statement
+    "Matrix products and convolutions in bfloat16, weights and losses in fp32: twice as fast where the machine has bfloat16 arithmetic, slower where it has not."
+    return torch.autocast(generator.device.type, torch.bfloat16, enabled=on)
+
+IMAGE_OPTIONS = {"train": 512, "test": 40, "val_pictures": 64, "steps": 12, "guidance": 3., "dtype": "float32", "mixed": False, "judge": "openai/clip-vit-large-patch14"}
 IMAGE_FULL = {"train": 10000, "test": 500, "steps": 50, "guidance": 7.5}
 
 def check_image_experiment(experiment):
@@ -854,7 +862,7 @@ def check_image_experiment(experiment):
     if experiment.data != "studio" and not experiment.data.startswith("folder:"): raise ValueError(f"Image prompts are measured on 'studio' or on a folder of pictures with captions, not on '{experiment.data}'.")
     if o["dtype"] not in ("float32", "float16", "bfloat16"): raise ValueError(f"dtype is 'float32', 'float16' or 'bfloat16', not '{o['dtype']}'.")
 
-# %% ../nbs/40_diffusion.ipynb #127e243e
+# %% ../nbs/40_diffusion.ipynb #3ae64a78
 def image_parts(
     experiment,                # Experiment: data "studio" or "folder:PATH", and the sampling seed
     generator: Generator,      # whose size pictures are read at
@@ -875,27 +883,29 @@ def image_prompt_protocol(experiment, progress=None):
     generator = load_generator(experiment.backbone, o["dtype"], str(process_state().device))
     method = build(experiment.method, generator, (), "", seed=experiment.seed, **settings)
     parts = image_parts(experiment, generator, o)
-    if trained(method): fit(method, parts["train"][0], training, experiment.seed, progress=bool(progress))
     options = dict(steps=o["steps"], guidance=o["guidance"])
-    found = image_following(method, parts["test"], **options) if experiment.data == "studio" else clip_following(method, parts["test"][0], load(o["judge"]), **options)
+    with mixed_precision(generator, o["mixed"]):
+        if trained(method): fit(method, parts["train"][0], training, experiment.seed, progress=bool(progress))
+        found = image_following(method, parts["test"], **options) if experiment.data == "studio" else clip_following(method, parts["test"][0], load(o["judge"]), **options)
     val = {"val": -held_out_loss(method, parts["val"][0], batch=training.batch)} if isinstance(method, ImagePrompted) else {}
     return {**found, **val, "trainable": count_parameters(method)["trainable"], "epochs": training.epochs, "lr": training.lr, "batch": training.batch}
 
-# %% ../nbs/40_diffusion.ipynb #28ce7afa
-_ip_rates = {"lr": [1e-3, 4e-3, 1e-2]}
+# %% ../nbs/40_diffusion.ipynb #ffd28b77
+_ip_rates, _ip_long = {"lr": [1e-3, 4e-3]}, {"epochs": 12, "mixed": True}
 IP_ADAPTER = register_claim(Claim(
     "ip-adapter", "ip-adapter",
     "Image tokens with their own keys and values in every cross-attention carry more of a picture than tokens appended to the text, also when that rival gets as many trained numbers; text control stays.",
-    arms=[Arm("decoupled", "ip-adapter", {}, grid=_ip_rates, full={"weights": None, "epochs": 1, "batch": 8, "lr": 1e-4}), Arm("concatenated", "image-concat", {}, grid=_ip_rates), Arm("concatenated, equal size", "image-concat", {"low_rank": True}, grid=_ip_rates),
-          Arm("full fine-tuning", "image-full", {}, grid={"lr": [1e-4, 3e-4, 1e-3]}), Arm("text only", "text-only")],
+    arms=[Arm("decoupled", "ip-adapter", _ip_long, grid=_ip_rates, full={"weights": None, "epochs": 1, "batch": 8, "lr": 1e-4}), Arm("concatenated", "image-concat", _ip_long, grid=_ip_rates, full={}),
+          Arm("concatenated, equal size", "image-concat", {**_ip_long, "low_rank": True}, grid=_ip_rates, full={"low_rank": True}),
+          Arm("full fine-tuning", "image-full", _ip_long, grid={"lr": [1e-4, 4e-4]}, full={}), Arm("text only", "text-only")],
     data=["studio"], protocol="image-prompt", metric="fidelity", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["folder:coco"], seeds=[1, 2, 3, 4, 5], tuning_seeds=[101], tuning_metric="val",
     comparisons=[Comparison("decoupled", "concatenated", "fidelity"), Comparison("decoupled", "concatenated, equal size", "fidelity"), Comparison("decoupled", "full fine-tuning", "fidelity"), Comparison("decoupled", "text only", "unsaid"),
                  Comparison("decoupled", "concatenated, equal size", "control"), Comparison("decoupled", "full fine-tuning", "control"), Comparison("decoupled", "text only", "kept")],
     reported=[dict(what="CLIP-I of IP-Adapter (22 M) on COCO2017 val", number=.828, source="table 1"), dict(what="CLIP-I of SD unCLIP, fine-tuned (870 M)", number=.810, source="table 1"),
               dict(what="CLIP-I of SD Image Variations, fine-tuned (860 M)", number=.760, source="table 1"), dict(what="simple adapter against decoupled", number="only pictures", source="ablation, 200 k steps each")],
     departures=["A small generator of 32 × 32 pictures and a tiny CLIP instead of Stable Diffusion 1.5 and OpenCLIP ViT-H; a few minutes of training instead of a million steps.", "Attributes read by a classifier that took no part in the drawing, instead of CLIP-I and CLIP-T.",
-                "Full fine-tuning keeps the text beside the image; the paper's fine-tuned rivals mostly replace it.", "λ = 0.5 beside a text for the adapter; the rivals have no λ.", "Learning rates from three candidates an arm by held-out loss on one other seed."],
-    quick=dict(arms=["decoupled", "concatenated, equal size", "text only"], seeds=2, settings={"epochs": 2, "train": 96, "test": 12, "steps": 6})))
+                "Full fine-tuning keeps the text beside the image; the paper's fine-tuned rivals mostly replace it.", "λ = 0.5 beside a text for the adapter; the rivals have no λ.", "Learning rates from two candidates an arm by held-out loss on one other seed; twelve epochs of 512 pictures, products in bfloat16."],
+    quick=dict(arms=["decoupled", "concatenated, equal size", "text only"], seeds=2, settings={"epochs": 2, "train": 96, "test": 12, "steps": 6, "mixed": False})))
 
 # %% ../nbs/40_diffusion.ipynb #ae4231f6
 def check_decoupled(answer):
@@ -1382,8 +1392,8 @@ JUDGED_INDEX = {"shape": {w: k for k, w in enumerate(SHAPES[:16])}, "colour": {w
 
 def placed_sentences(concept: Concept): return ["a {} on a " + f"{tone} {ground} ground." for tone, ground in concept.grounds]
 
-# %% ../nbs/40_diffusion.ipynb #dc4b1ee6
-PERSONALISE = {"shots": 4, "steps": 15, "guidance": 3., "every": 15}      # pictures, DDIM steps, guidance, steps between points of the curve
+# %% ../nbs/40_diffusion.ipynb #37ae1cc2
+PERSONALISE = {"shots": 4, "steps": 15, "guidance": 3., "every": 15, "mixed": False}      # pictures, DDIM steps, guidance, steps between points of the curve; mixed precision
 
 def generator_of(experiment, options) -> Generator:
     "The generator of an experiment; at full scale in bf16, on a GPU where there is one."
@@ -1404,11 +1414,12 @@ def personalise(experiment, progress=None):
     concept = novel_concept(experiment.sampling_seed, o["shots"], size=generator.size)
     method = build(experiment.method, generator, [concept.said], ConceptMethod.template, experiment.seed, **settings)
     curve = Curve(concept.test, o["every"], experiment.seed)
-    plain = curve.loss(generator, generator.states([ConceptMethod.template.format("thing")]))
-    if trained(method): fit(method, concept.train, training, experiment.seed, [curve], bool(progress))
-    gains = [100 * (1 - loss / plain) for loss in (curve.losses if trained(method) else [curve.measure(method)])]
     how = dict(steps=o["steps"], guidance=o["guidance"])
-    seen = judged(concept, draw_concept(method, None, len(concept.grounds), **how), draw_concept(method, placed_sentences(concept), **how))
+    with mixed_precision(generator, o["mixed"]):
+        plain = curve.loss(generator, generator.states([ConceptMethod.template.format("thing")]))
+        if trained(method): fit(method, concept.train, training, experiment.seed, [curve], bool(progress))
+        gains = [100 * (1 - loss / plain) for loss in (curve.losses if trained(method) else [curve.measure(method)])]
+        seen = judged(concept, draw_concept(method, None, len(concept.grounds), **how), draw_concept(method, placed_sentences(concept), **how))
     about = {"trainable": count_parameters(method)["trainable"], "concept": concept.said, "gains": gains, "val_gain": gains[-1], "best gain": max(gains)}
     if len(gains) > 1:
         about |= {"at": curve.steps, "seconds at": curve.at, "steps to 95": steps_to(curve.steps, gains), "gain at a quarter": gains[min(range(len(gains)), key=lambda k: abs(curve.steps[k] - curve.steps[-1] / 4))],
@@ -1416,16 +1427,17 @@ def personalise(experiment, progress=None):
         about["seconds to 95"] = about["steps to 95"] * about["ms a step"] / 1000
     return seen | about
 
-# %% ../nbs/40_diffusion.ipynb #0b9d1257
+# %% ../nbs/40_diffusion.ipynb #6c941872
 _ti, _ce, _lora = {"lr": [.01, .03]}, {"lr": [.03, .1]}, {"rate": [.002, .008]}
 _tiny_world = "A frozen pixel generator of 3.7 million parameters and concepts of the universe instead of Stable Diffusion and photographs of things."
 _rebuilt = "Only the abstract could be read: initial values, length, rates, steps, and how a concept enters a new sentence are this course's choices."
 
 CONES_CLAIM = register_claim(Claim(
     "cones", "cones", "Personalising a generator by training the text encoder's output beats new word vectors (Textual Inversion) in fewer steps, and is a better start for tuning the network.",
-    arms=[Arm("hand prompt", "hand-prompt"), Arm("TI, 1 word", "textual-inversion", grid=_ti), Arm("TI, 4 words", "textual-inversion", {"words": 4}, grid=_ti),
-          Arm("ConES", "cones", grid=_ce), Arm("ConES, random", "cones", {"init": "random"}, grid=_ce), Arm("ConES, residual", "cones", {"init": "residual"}, grid=_ce), Arm("ConES, 8 rows", "cones", {"length": 8}, grid=_ce, full={"length": 8}),
-          Arm("ConES, slot", "cones", {"mode": "slot"}, grid=_ce), Arm("LoRA", "cones-lora", {"share": 0.}, grid=_lora), Arm("ConES, LoRA", "cones-lora", grid=_lora)],
+    arms=[Arm(name, method, {**settings, "mixed": True}, grid=grid, full=settings) for name, method, settings, grid in (
+        ("hand prompt", "hand-prompt", {}, None), ("TI, 1 word", "textual-inversion", {}, _ti), ("TI, 4 words", "textual-inversion", {"words": 4}, _ti),
+        ("ConES", "cones", {}, _ce), ("ConES, random", "cones", {"init": "random"}, _ce), ("ConES, 8 rows", "cones", {"length": 8}, _ce),
+        ("ConES, slot", "cones", {"mode": "slot"}, _ce), ("LoRA", "cones-lora", {"share": 0.}, _lora), ("ConES, LoRA", "cones-lora", {}, _lora))],
     data=["novel-concepts"], protocol="personalise", metric="fidelity", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["novel-concepts"],
     seeds=[1, 2, 3, 4, 5], tuning_seeds=[102], tuning_metric="val_gain",
     comparisons=[Comparison("ConES", "hand prompt", "fidelity"), Comparison("ConES", "TI, 1 word", "fidelity"), Comparison("ConES", "TI, 4 words", "fidelity"), Comparison("ConES", "TI, 1 word", "val_gain"), Comparison("ConES", "TI, 1 word", "best gain"),
@@ -1433,8 +1445,8 @@ CONES_CLAIM = register_claim(Claim(
                  Comparison("ConES, slot", "ConES", "control"), Comparison("ConES", "ConES, random", "fidelity"), Comparison("ConES", "ConES, 8 rows", "fidelity"),
                  Comparison("ConES, LoRA", "LoRA", "fidelity"), Comparison("ConES, LoRA", "ConES", "fidelity")],
     reported=[dict(what="against Textual Inversion, generation", number="better", source="abstract")],
-    departures=[_tiny_world, _rebuilt, "Steps to 95 per cent are counted on the denoising loss of further pictures, always with the same noise."],
-    quick=dict(arms=["hand prompt", "TI, 1 word", "ConES", "ConES, slot"], seeds=1, settings={"epochs": 60})))
+    departures=[_tiny_world, _rebuilt, "Steps to 95 per cent are counted on the denoising loss of further pictures, always with the same noise.", "Two rates an arm, chosen on one further concept; products in bfloat16."],
+    quick=dict(arms=["hand prompt", "TI, 1 word", "ConES", "ConES, slot"], seeds=1, settings={"epochs": 60, "mixed": False})))
 
 # %% ../nbs/40_diffusion.ipynb #505eb908
 class ConceptClassifier(PromptedCLIP):

@@ -462,7 +462,7 @@ def denoising_loss(
     loss = (generator.unet(noisy, t, encoder_hidden_states=states, **options).sample.float() - target.float()).square()
     return loss.flatten(1).mean(1) if each else loss.mean()
 
-# %% ../nbs/08_generators.ipynb #ea070af2
+# %% ../nbs/08_generators.ipynb #4fdad5e2
 @dataclass(frozen=True)
 class PromptedPictures:
     "Pictures with one prompt each: what methods for generators are trained on."
@@ -508,7 +508,7 @@ class DiffusionMethod(torch.nn.Module):
         noise = torch.randn(latents.shape, generator=self.random).to(latents)
         t = torch.randint(self.generator.scheduler.config.num_train_timesteps, (len(latents),), generator=self.random).to(latents.device)
         states, options = self.conditions(batch)
-        return {"loss": denoising_loss(self.generator, latents, states, noise, t, **options)}
+        return {"loss": denoising_loss(self.generator, latents, states.to(latents.dtype), noise, t, **options)}
 
 # %% ../nbs/08_generators.ipynb #f0a7e549
 def stable_diffusion_sizes(
