@@ -1,4 +1,5 @@
 """IP-Adapter: the card's facts on any weights, sabotage that makes them fail, parity with diffusers, files, rivals, clear errors, protocol at both scales, exercises."""
+import copy
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from exercises import check_solutions
 from test_cones import CHECKERS as CONCEPT_CHECKERS
 from promptbook import diffusion as chapter
 from promptbook.diffusion import (IP_ADAPTER, Concatenated, DecoupledAttention, FullyTuned, ImagePrompted, ImageTokens, IPAdapter, TextOnly, absent_image, adapter_state, answered, attached, captioned_folder,
-                                contrary_texts, cross_attentions, draw_with_images, equal_rank, held_out_loss, image_embeddings, image_following, load_adapter, mask_on_grid, nearly, own_network, save_adapter,
+                                contrary_texts, cross_attentions, draw_with_images, equal_rank, held_out_loss, image_embeddings, image_following, load_adapter, mask_on_grid, mixed_precision, nearly, own_network, save_adapter,
                                 some_features, stirred, studio_pictures)
 from promptbook.experiment import Experiment, find_protocol, full_scale_claim, variant
 from promptbook.generators import Generator, draw, freeze, noise_schedule, quiet_diffusers, random_stable_diffusion, unet_config, with_clip
@@ -213,6 +214,20 @@ def test_methods_learn_and_the_generator_stays(generator, make):
     history = fit(method, few, FitSettings(epochs=6, lr=3e-3, batch=8, optimizer="adamw", schedule="constant"), seed=0)
     assert held_out_loss(method, few, draws=1) < before and len(history) == 6
     assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in generator.unet.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["mixed", "half"])
+@pytest.mark.parametrize("make", [IPAdapter, lambda g: Concatenated(g, low_rank=True), FullyTuned], ids=["decoupled", "low rank", "full"])
+def test_low_precision_learns_as_much(generator, make, how):
+    """With products in bfloat16, or a frozen network in bfloat16, training goes about as far as in fp32."""
+    few, settings, gains = studio_pictures(8, 1)[0], FitSettings(epochs=6, lr=3e-3, batch=8, optimizer="adamw", schedule="constant"), []
+    for low in (False, True):
+        used = Generator("half", copy.deepcopy(generator.pipeline).to(torch.bfloat16)) if low and how == "half" and make is not FullyTuned else generator
+        torch.manual_seed(0); method = make(used)
+        before = held_out_loss(method, few, draws=1)
+        with mixed_precision(used, low and how == "mixed"): fit(method, few, settings, seed=0)
+        gains.append(before - held_out_loss(method, few, draws=1))
+    assert gains[0] > 0 and abs(gains[1] - gains[0]) < .3 * gains[0]
 
 
 def test_training_is_reproducible(generator):
