@@ -11,7 +11,7 @@ A code cell can ask for something else in its directives:
 
 - `#| tolerance: 4`    every number in its outputs, whole ones too, may differ by 4 (the usual rule still helps)
 - `#| tolerance: 20%`  the same, by 20 % of its size
-- `#| volatile`        its text is not compared (timings); its kinds of output still are
+- `#| volatile`        its text is not compared (timings, words that rounding decides); its kinds of output still are
 """
 import math
 import re
