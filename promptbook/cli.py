@@ -99,7 +99,7 @@ def _bench_concepts(a):
 
 def _pretrain(a):
     from promptbook import zoo
-    print(zoo.pretrain(a.name, output=a.output, steps=a.steps, seed=a.seed, device=a.device, resume=not a.fresh)); return 0
+    print(zoo.pretrain(a.name, output=a.output, steps=a.steps, seed=a.seed, device=a.device, start=a.start, resume=not a.fresh, settings=dict(a.set or []))); return 0
 
 # %% ../nbs/09_cli.ipynb #9d1e868d
 def examine(
@@ -189,7 +189,8 @@ def parser() -> argparse.ArgumentParser:  # of the whole command line
     add("--text", type=_positive, default=256, metavar="N", help="T5: tokens of a text (default: 256)"); add("--store", metavar="FILE", help="default: results/bench.jsonl")
     add = command("pretrain", _pretrain, "remake a model of the zoo from its seed; goes on after a kill")
     add("name", metavar="NAME"); add("--output", metavar="FOLDER"); add("--steps", type=_positive); add("--seed", type=int); add("--device")
-    add("--fresh", action="store_true", help="do not go on from a checkpoint")
+    add("--start", metavar="FOLDER", help="train a finished model further; take another --seed, or it sees the same data again"); add("--fresh", action="store_true", help="do not go on from a checkpoint")
+    add("--set", type=setting, action="append", metavar="NAME=VALUE", help="change a setting of the training, for example lr=0.0005; may be given several times")
     add = command("doctor", _doctor, "check versions, device, models, disk"); add("--repair", metavar="FILE", help="move damaged rows of a result file to FILE.corrupt")
     return top
 

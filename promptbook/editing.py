@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['ALIKE', 'LOSSES', 'PUBLISHED', 'PAIR_OPTIONS', 'DPL_CLAIM', 'SLOTS', 'PLACES_OF', 'USER_SLOTS', 'PREFIX', 'KINDS',
-           'SELECT', 'STORY', 'GROUPS', 'T_PROMPTER', 'SLOT_CLAIM', 'Pairs', 'studio_pairs', 'enlarge',
+           'SELECT', 'STORY', 'GROUPS', 'T_PROMPTER', 'SLOT_CLAIM', 'CONTEXT_CLAIM', 'Pairs', 'studio_pairs', 'enlarge',
            'noun_positions', 'noun_maps', 'disjoint_loss', 'background_loss', 'blur', 'balance_loss',
            'check_dpl_losses_lie_between_0_and_1', 'check_dpl_the_background_loss_asks_for_peaks', 'shrink_mask',
            'background_mask', 'true_background', 'check_dpl_clusters_find_the_ground', 'word_vectors',
@@ -18,8 +18,9 @@ __all__ = ['ALIKE', 'LOSSES', 'PUBLISHED', 'PAIR_OPTIONS', 'DPL_CLAIM', 'SLOTS',
            'check_t_prompter_hidden_sixth', 'check_t_prompter_matching_is_greedy', 'check_t_prompter_constant_theme',
            'check_t_prompter_mask_everything', 'canvas_cost', 'check_t_prompter_cost', 'tile_templates', 'read_tiles',
            'tile_colours', 'studio_scores', 'folder_scores', 'themes_of', 'read_story', 'check_story', 'story_protocol',
-           'slot_influence', 'mixed_canvases', 'check_slots_experiment', 'slots_protocol', 'check_disjoint',
-           'check_gaussian', 'check_spill', 'check_greedy', 'check_visible', 'check_influence']
+           'slot_influence', 'mixed_canvases', 'check_slots_experiment', 'slots_protocol', 'check_context_experiment',
+           'in_context_protocol', 'check_disjoint', 'check_gaussian', 'check_spill', 'check_greedy', 'check_visible',
+           'check_influence']
 
 # %% ../nbs/41_editing.ipynb #6f693244
 import contextlib
@@ -1246,6 +1247,28 @@ SLOT_CLAIM = register_claim(Claim(
     reported=[dict(what="slots from high to low influence", number="TM, TL, TR, ML, MR, centre, BM, BL, BR", source="order in the released code; the paper's motivation by attention is not confirmed")],
     departures=["Influence is the change of the middle tile when a slot's tile is swapped against one of another theme, on canvases of random pictures; not an attention weight.", "The inpainter saw holes at all nine places in training, so the order need not be that of FLUX."],
     quick=dict(seeds=2, settings={"themes": 2, "asks": 1})))
+
+# %% ../nbs/41_editing.ipynb #153f8b7a
+def check_context_experiment(experiment):
+    "What is wrong with an experiment, before anything is drawn."
+    _, _, options = resolve_settings(experiment, STORY | {"inpainter": ""})
+    plain = {k: v for k, v in experiment.settings.items() if k != "inpainter"}
+    check_story(type(experiment)(**(experiment.fields() | {"settings": plain})))
+    if options["inpainter"] and not Path(options["inpainter"]).is_dir(): raise FileNotFoundError(f"The inpainter '{options['inpainter']}' is not there: make it with the command in 41_editing, section 'Where the ability comes from'.")
+
+@protocol("in-context", check=check_context_experiment)
+def in_context_protocol(experiment, progress=None):
+    "How much the surroundings decide: the same story with another theme's pictures around the hole, and with its own."
+    settings = {k: v for k, v in experiment.settings.items() if k != "inpainter"}
+    told = {stage: story_protocol(replace(experiment, backbone=experiment.settings.get("inpainter") or experiment.backbone, settings=settings | {"stage": stage})) for stage in ("own", "another")}
+    return {"effect": told["another"]["identity_error"] - told["own"]["identity_error"], **{f"{name} {stage}": told[stage][name] for stage in told for name in ("identity_error", "pattern")}, "trainable": 0}
+
+CONTEXT_CLAIM = register_claim(Claim(
+    "t-prompter-context", "t-prompter", "An inpainter takes colours from the pictures around the hole because it was trained on canvases of one theme: trained on mixed ones, it does not.",
+    arms=[Arm(name, "t-prompter", {"references": "random", "arrangements": 1, "inpainter": f"results/tiny-inpaint-{name}"}) for name in ("themes", "mixed")],
+    data=["themes:held-out"], protocol="in-context", metric="effect", backbone="tiny-inpaint", full_data=["themes:held-out"], seeds=[1, 2, 3, 4, 5],
+    comparisons=[Comparison("themes", "mixed", "effect"), Comparison("themes", "mixed", "identity_error own", "less")],
+    departures=["Both inpainters go on from the zoo's weights for the same number of steps, instead of a second pretraining from the start."]))
 
 # %% ../nbs/41_editing.ipynb #f1d811e8
 def check_disjoint(answer):

