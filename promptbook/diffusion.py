@@ -26,10 +26,11 @@ __all__ = ['IMAGE_KINDS', 'FIDELITY', 'UNSAID', 'IP_FACTS', 'IMAGE_OPTIONS', 'IM
            'placed_sentences', 'generator_of', 'check_personalise', 'personalise', 'ConceptClassifier', 'LinearProbe',
            'cones_classifier', 'linear_probe', 'check_cones_cosine', 'added_to_class_token', 'patch_features',
            'Located', 'located', 'focal_loss', 'Grounder', 'grounder', 'check_grounding', 'localise', 'bench_generator',
-           'ConceptStep', 'Bare', 'concept_steps', 'class_steps', 'bench_concepts', 'concept_costs', 'check_cones_cost',
-           'check_speed', 'step_cost', 'check_same_context', 'check_slots', 'check_concept_count', 'check_fewer_steps']
+           'ConceptStep', 'Bare', 'concept_steps', 'weights_held', 'class_steps', 'bench_concepts', 'concept_costs',
+           'check_cones_cost', 'check_speed', 'step_cost', 'check_same_context', 'check_slots', 'check_concept_count',
+           'check_fewer_steps']
 
-# %% ../nbs/40_diffusion.ipynb #b1d5a381
+# %% ../nbs/40_diffusion.ipynb #bb93dec1
 import contextlib
 import copy
 import json
@@ -60,7 +61,7 @@ from . import experiment as ex
 from .clip import coop, zero_shot
 from .experiment import Arm, Claim, Comparison, protocol, register_claim, unknown_name
 from .learn import FitSettings, Hook, build, fit, full_scale, method_spec, process_state, register, resolve_settings, trained
-from .measure import call_seconds, compare_costs, count_flops, count_parameters, mask_iou, pointing_game
+from .measure import call_seconds, compare_costs, count_flops, count_parameters, mask_iou, peak_memory, pointing_game
 from .prompts import Outputs, PromptedCLIP, Prompts, Source, VisionTower, encode_sentences, template_layout
 from .universe import BACKGROUNDS, CANVAS, COLOURS, SHAPES, STYLES, TEXTURES, TONES, VOCABULARY
 from .zoo import CLIP_MEAN, CLIP_STD, TRAINERS, ZOO, Trainer, _check_hash, image_processor, load, vocabulary, weights_file, word_tokenizer
@@ -779,7 +780,7 @@ def build_text_only(backbone, classes, template):
     "The frozen generator."
     return TextOnly(backbone)
 
-# %% ../nbs/40_diffusion.ipynb #73800ee1
+# %% ../nbs/40_diffusion.ipynb #3554c2ef
 def mixed_precision(
     generator: Generator,
     on: bool = True,
@@ -790,7 +791,7 @@ def mixed_precision(
 @dataclass(frozen=True)
 class AdapterSettings:
     "How the zoo's adapter is made; all of it is written on its card."
-    steps: int = 12000         # optimiser steps
+    steps: int = 8000          # optimiser steps
     batch: int = 16            # pictures a step, new ones in each
     lr: float = 2e-3           # peak learning rate of AdamW, warmed up over 300 steps, then cosine
     weight_decay: float = .01
@@ -964,7 +965,7 @@ def image_prompt_protocol(experiment, progress=None):
     val = {"val": -held_out_loss(method, parts["val"][0], batch=training.batch)} if isinstance(method, ImagePrompted) else {}
     return {**found, **val, "trainable": count_parameters(method)["trainable"], "epochs": training.epochs, "lr": training.lr, "batch": training.batch}
 
-# %% ../nbs/40_diffusion.ipynb #33695560
+# %% ../nbs/40_diffusion.ipynb #77d148bd
 _ip_rates, _ip_long = {"lr": [1e-3, 4e-3]}, {"epochs": 8, "mixed": True}
 IP_ADAPTER = register_claim(Claim(
     "ip-adapter", "ip-adapter",
@@ -978,7 +979,7 @@ IP_ADAPTER = register_claim(Claim(
     reported=[dict(what="CLIP-I of IP-Adapter (22 M) on COCO2017 val", number=.828, source="table 1"), dict(what="CLIP-I of SD unCLIP, fine-tuned (870 M)", number=.810, source="table 1"),
               dict(what="CLIP-I of SD Image Variations, fine-tuned (860 M)", number=.760, source="table 1"), dict(what="simple adapter against decoupled", number="only pictures", source="ablation, 200 k steps each")],
     departures=["A small generator of 32 × 32 pictures and a tiny CLIP instead of Stable Diffusion 1.5 and OpenCLIP ViT-H; a few minutes of training instead of a million steps.", "Attributes read by a classifier that took no part in the drawing, instead of CLIP-I and CLIP-T.",
-                "Full fine-tuning keeps the text beside the image; the paper's fine-tuned rivals mostly replace it.", "λ = 0.5 beside a text for the adapter; the rivals have no λ.", "Learning rates from two candidates an arm by held-out loss on one other seed; eight epochs of 512 pictures, products in bfloat16."],
+                "Full fine-tuning keeps the text beside the image; the paper's fine-tuned rivals mostly replace it.", "λ = 0.5 beside a text for the adapter; the rivals have no λ.", "Learning rates from two candidates an arm by held-out loss on one other seed; eight epochs of 512 pictures, the trained arms with products in bfloat16."],
     quick=dict(arms=["decoupled", "concatenated, equal size", "text only"], seeds=2, settings={"epochs": 2, "train": 96, "test": 12, "steps": 6, "mixed": False})))
 
 # %% ../nbs/40_diffusion.ipynb #a40ee50b
@@ -1834,6 +1835,14 @@ def concept_steps(
         steps[name] = ConceptStep(method, {"latents": latents, "which": which})
     return steps
 
+# %% ../nbs/40_diffusion.ipynb #4524afbf
+def weights_held(
+    method: ConceptMethod,
+) -> int:                      # bytes
+    "Weights that training a concept has to hold: the network's, and the text encoder's where it takes part."
+    g = method.generator
+    return sum(p.numel() * p.element_size() for m in (g.unet, *([g.text_encoder] if isinstance(method, TextualInversion) else [])) for p in m.parameters())
+
 # %% ../nbs/40_diffusion.ipynb #d0ebcc7c
 def class_steps(
     backbone,                  # a CLIP
@@ -1844,7 +1853,7 @@ def class_steps(
     from promptbook.bench import bench_steps
     return {name: bench_steps(method, backbone, classes, batch, paths=["features first"])["features first"] for name, method in (("linear probe", "linear-probe"), ("CoOp", "coop"), ("ConES", "cones-classifier"))}
 
-# %% ../nbs/40_diffusion.ipynb #cd96a162
+# %% ../nbs/40_diffusion.ipynb #9480c4eb
 def bench_concepts(
     generator="sd15",          # "sd15" (random weights) or a Generator
     clip="vit-b-16",           # for classification: an architecture with random weights, or what `load` knows; None: leave it out
@@ -1873,12 +1882,12 @@ def bench_concepts(
         for n, step in steps.items():
             timed, yard = seconds[n][1:], seconds[first][1:]
             metrics = {"ms": 1000 * statistics.median(timed), "ratio": statistics.median([a / b for a, b in zip(timed, yard)]), "rounds_ms": [1000 * t for t in timed], "trained": count_parameters(step.method)["trainable"],
-                       "gflop": count_flops(step) / 1e9}
+                       "gflop": count_flops(step) / 1e9, "peak_mb": peak_memory(step, device) / 2 ** 20, **({"weights_mb": weights_held(step.method) / 2 ** 20} if part == "generation" else {})}
             rows.append({"key": f"{common['run']}-{part}-{n}".replace(" ", "-"), "part": part, "arm": n, "method": n, "backbone": name, "batch": size, "classes": classes if part == "classification" else None, **common, "metrics": metrics})
     for row in rows if store is not None else (): (store if isinstance(store, ex.Store) else ex.Store(store)).append(row)
     return concept_costs(rows)
 
-# %% ../nbs/40_diffusion.ipynb #f43675e1
+# %% ../nbs/40_diffusion.ipynb #98b30111
 def concept_costs(
     store=None,                # rows, a Store, a path, or None: bench*.jsonl of the package and of ./results
     part: str = None,          # "generation" or "classification"; None: both
@@ -1888,17 +1897,19 @@ def concept_costs(
     else: rows = store if isinstance(store, list) else (store if isinstance(store, ex.Store) else ex.Store(store, read_only=True)).rows()
     rows = sorted((r for r in rows if r.get("kind") == "concepts" and part in (None, r["part"])), key=lambda r: r["started"])
     latest = {(r["part"], r["backbone"], r["device"]): r["run"] for r in rows}
-    table = pd.DataFrame([{"part": r["part"], "backbone": r["backbone"], "arm": r["arm"], "ms a step": r["metrics"]["ms"], "ratio": r["metrics"]["ratio"], "GFLOP": r["metrics"]["gflop"], "trained": r["metrics"]["trained"]}
+    table = pd.DataFrame([{"part": r["part"], "backbone": r["backbone"], "arm": r["arm"], "ms a step": r["metrics"]["ms"], "ratio": r["metrics"]["ratio"], "GFLOP": r["metrics"]["gflop"], "peak MB": r["metrics"].get("peak_mb"), "weights MB": r["metrics"].get("weights_mb"), "trained": r["metrics"]["trained"]}
                           for r in rows if latest[r["part"], r["backbone"], r["device"]] == r["run"]])
     return table.set_index(["part", "backbone", "arm"]) if len(table) else table
 
-# %% ../nbs/40_diffusion.ipynb #543275c8
+# %% ../nbs/40_diffusion.ipynb #67e7f4e9
 def check_cones_cost(generator, clip):
     "Fact 7: a step of ConES needs what the network alone needs; Textual Inversion adds one encoder pass and its backward pass; CoOp adds as many as there are classes."
     cost = {name: count_flops(step) for name, step in concept_steps(generator).items()}
     encoder = count_flops(lambda: generator.states(["a photo of a thing."]))
     assert cost["ConES"] == cost["network alone"] < cost["Textual Inversion"] == cost["Textual Inversion, 4 words"]
     assert encoder < cost["Textual Inversion"] - cost["ConES"] < 3 * encoder
+    held = {name: weights_held(step.method) for name, step in concept_steps(generator).items()}
+    assert held["ConES"] == held["network alone"] < held["Textual Inversion"]
     few, many = ({name: count_flops(step) for name, step in class_steps(clip, classes, 4).items()} for classes in (5, 20))
     assert few["ConES"] == few["linear probe"] and many["CoOp"] > 3 * few["CoOp"] and many["CoOp"] > 100 * many["ConES"]
     return cost, encoder

@@ -171,12 +171,13 @@ class PixelDiffusionPipeline(DiffusionPipeline, IPAdapterMixin):
         pixels = (latents / 2 + .5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         return ImagePipelineOutput(images=self.numpy_to_pil(pixels) if output_type == "pil" else pixels)
 
-# %% ../nbs/08_generators.ipynb #338758e5
+# %% ../nbs/08_generators.ipynb #e5908584
 @dataclass(frozen=True)
 class Generator:
     "A frozen text-to-image pipeline with what methods need of it."
     name: str                  # how it was asked for
     pipeline: DiffusionPipeline  # PixelDiffusionPipeline or StableDiffusionPipeline
+    side: int = None           # pixels a side; default: the network's usual size
 
     @property
     def unet(self): return self.pipeline.unet
@@ -193,11 +194,15 @@ class Generator:
     @property
     def size(self):
         "Pixels a side."
-        return self.unet.config.sample_size * (1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self.side or self.unet.config.sample_size * self.factor
+    @property
+    def factor(self):
+        "Pixels a side for one place of a latent."
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
     @property
     def shape(self):
         "Of one latent: (C, h, w)."
-        return (self.unet.config.out_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+        return (self.unet.config.out_channels, self.size // self.factor, self.size // self.factor)
 
     def ids(self, texts):
         "Token ids (N, L) of texts, padded to full length. Raises ValueError for an empty list or a text that is too long."
@@ -447,7 +452,7 @@ def frechet_distance(
     cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()
     return ((ma - mb).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
 
-# %% ../nbs/08_generators.ipynb #c0ee76ff
+# %% ../nbs/08_generators.ipynb #8a9571f9
 def denoising_loss(
     generator: Generator,
     latents: torch.Tensor,     # (B, C, h, w) x₀
@@ -455,11 +460,13 @@ def denoising_loss(
     noise: torch.Tensor,       # (B, C, h, w) ε
     t: torch.Tensor,           # (B,) steps from 0 to T − 1
     each: bool = False,        # one number a picture
+    known: torch.Tensor = None,  # (B or 1, C', h, w) channels behind the noisy latents: an inpainter's mask and masked picture
     **options,                 # of the network's forward: added_cond_kwargs, cross_attention_kwargs
 ) -> torch.Tensor:             # mean squared error, a scalar or (B,)
     "The loss that the network was trained with, as a function of whatever prompts it."
     noisy = generator.scheduler.add_noise(latents, noise, t)
     target = generator.scheduler.get_velocity(latents, noise, t) if generator.scheduler.config.prediction_type == "v_prediction" else noise
+    if known is not None: noisy = torch.cat([noisy, known.to(noisy).expand(len(noisy), -1, -1, -1)], 1)
     loss = (generator.unet(noisy, t, encoder_hidden_states=states, **options).sample.float() - target.float()).square()
     return loss.flatten(1).mean(1) if each else loss.mean()
 

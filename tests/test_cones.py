@@ -232,6 +232,22 @@ def test_personalise_on_a_stable_diffusion(generators, monkeypatch, method, sett
     assert 0 <= row["fidelity"] <= 100 and (method == "hand-prompt" or row["at"] == [0, 1, 2] and len(row["gains"]) == 3 and row["ms a step"] > 0)
 
 
+def test_a_concept_is_drawn_by_another_checkpoint(generators, monkeypatch):
+    """With a style the concept is learned on the base and drawn by the other checkpoint; the judge gets pictures with the style taken off."""
+    base, other, seen = generators["pixels"], pixels(), []
+    with torch.no_grad(): other.unet.conv_out.weight.mul_(-1)
+    monkeypatch.setattr(cones, "generator_of", lambda *a: base); monkeypatch.setattr(cones, "restyled", lambda *a: other)
+    monkeypatch.setattr(cones, "judged", lambda concept, alone, placed: seen.append((alone, placed)) or {"fidelity": 0.})
+    short = {"epochs": 2, "steps": 1, "every": 1, "lr": .1}
+    home, moved = (cones.personalise(Experiment("cones", "x", "novel-concepts", "personalise", 1, short | {"style": style})) for style in ("photo", "inverted"))
+    assert home["gains"] == moved["gains"], "the same training"
+    method = build("cones", base, ["x"], cones.ConceptMethod.template, 1)
+    fit(method, novel_concept(1, 4, size=base.size).train, FitSettings(epochs=2, lr=.1, batch=4, optimizer="adamw", schedule="linear", weight_decay=0.), 1)
+    wanted = 255 - draw_concept(method.onto(other), None, 16, steps=1)
+    assert (seen[1][0].int() - wanted.int()).abs().max() <= 1 and not torch.equal(seen[0][0], seen[1][0]) and method.generator is base
+    with pytest.raises(ValueError, match="can be undone"): ex.run(Experiment("cones", "tiny-diffusion", "novel-concepts", "personalise", 1, {"style": "sketch"}))
+
+
 def test_step_cost_takes_turns(monkeypatch):
     monkeypatch.setattr(cones, "load_generator", lambda *a: pixels())
     row = cones.step_cost(Experiment("cones", "x", "a step", "step-cost", 1, {"rounds": 1}))

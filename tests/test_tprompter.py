@@ -311,6 +311,52 @@ def test_protocols_run_and_say_what_is_wrong(folder, monkeypatch):
         with pytest.raises(ValueError, match=message): ex.run(Experiment("t-prompter", str(folder), data, protocol, 1, settings))
 
 
+def test_tuning_on_a_theme(folder, stable, tmp_path):
+    """LoRA learns from pictures that are masked completely, one theme at a time; the network itself stays, and is as before when the change is taken out."""
+    inpainter, (theme, asks) = T.load_inpainter(str(folder)), T.studio_theme(3)
+    own = {n: p.clone() for n, p in inpainter.unet.named_parameters()}
+    untuned = T.DynamicVisualPrompting(inpainter, load("tiny-clip"), "none", 1, steps=2)(theme, asks[0]).picture
+    method = T.ThemeTuning(inpainter, load("tiny-clip"), rate=.05, epochs=1, steps=2)
+    tuned = method(theme, asks[0]).picture
+    first = method.lora
+    assert not torch.equal(tuned, untuned) and method(theme, asks[1]) and method.lora is first, "the same theme is not tuned twice"
+    assert method(T.studio_theme(4)[0], asks[0]) and method.lora is not first
+    large = T.ThemeTuning(stable, load("tiny-clip"), epochs=1, steps=1, size=24)
+    assert large(T.Theme("few", theme.pictures[:9], theme.captions[:9]), asks[0]).canvases.shape == (1, 3, 72, 72)
+    large.lora.remove()
+    method.lora.remove()
+    left = {n.replace(".base_layer", ""): p for n, p in inpainter.unet.named_parameters()}
+    assert left.keys() == own.keys() and all(torch.equal(p, own[n]) for n, p in left.items())
+    assert torch.equal(T.DynamicVisualPrompting(inpainter, load("tiny-clip"), "none", 1, steps=2)(theme, asks[0]).picture, untuned)
+    with pytest.raises(ValueError, match="has no captions: tuning needs one"): method(T.Theme("bare", theme.pictures), asks[0])
+    write_theme(tmp_path / "own")
+    names = sorted(f.name for f in (tmp_path / "own").iterdir() if f.suffix == ".png")
+    (tmp_path / "own" / "metadata.jsonl").write_text("\n".join('{"file_name": "%s", "text": "picture %d"}' % (n, k) for k, n in enumerate(names)))
+    assert T.read_theme(tmp_path / "own").captions == tuple(f"picture {k}" for k in range(len(names)))
+    with pytest.raises(ValueError, match="give one for each, or none"): T.Theme("x", theme.pictures, ("one",))
+
+
+def test_everything_masked_is_what_the_pipeline_shows(folder, stable, monkeypatch):
+    """The channels behind the noise are those that the pipeline itself gives the network when all is masked."""
+    for inpainter in (T.load_inpainter(str(folder)), stable):
+        lora = T.ThemeLoRA(inpainter, side={"PixelInpaintPipeline": 48}.get(type(inpainter.pipeline).__name__, 72)); side, seen = lora.generator.size, []
+        hook = inpainter.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+        try: inpainter.pipeline(prompt=["a star."], image=torch.full((1, 3, side, side), .5), mask_image=torch.ones(1, 1, side, side), num_inference_steps=1, output_type="latent", **({} if inpainter.pipeline.__class__.__name__.startswith("Pixel") else dict(height=side, width=side)))
+        finally: hook.remove(); lora.remove()
+        channels = lora.generator.shape[0]
+        assert (seen[0][:1, channels:] - lora.known).abs().max() < .05
+
+
+def test_the_effect_of_the_surroundings_is_measured_on_any_inpainter(folder, monkeypatch):
+    """`inpainter` takes the backbone's place; the effect is the difference of two stories; one that is missing is named with the way to make it."""
+    monkeypatch.setitem(T.KINDS, "PixelInpaintPipeline", T.KINDS["PixelInpaintPipeline"] | {"steps": 1})
+    few = {"references": "random", "arrangements": 1, "themes": 2, "asks": 1}
+    made = [ex.run(Experiment("t-prompter", backbone, "themes:held-out", "surroundings", 1, few | more))["metrics"] for backbone, more in ((str(folder), {}), ("tiny-inpaint", {"inpainter": str(folder)}), ("tiny-inpaint", {}))]
+    assert made[0]["effect"] == made[1]["effect"] != made[2]["effect"] and made[0]["inpainter"] == made[1]["inpainter"] != made[2]["inpainter"]
+    assert abs(made[2]["effect"] - made[2]["identity_error another"] + made[2]["identity_error own"]) < 1e-6
+    with pytest.raises(FileNotFoundError, match="'nowhere' is not there: make it with"): ex.run(Experiment("t-prompter", "tiny-inpaint", "themes:held-out", "surroundings", 1, few | {"inpainter": "nowhere"}))
+
+
 def test_themes_of_seeds_do_not_overlap():
     names = [theme.name for seed in range(1, 6) for theme, _ in T.themes_of("themes:held-out", seed)]
     assert len(names) == len(set(names)) == W.HELD_OUT
@@ -323,7 +369,7 @@ def test_full_scale_on_folders_with_another_clip_as_judge(tmp_path, stable, monk
     monkeypatch.setitem(T.KINDS, "StableDiffusionInpaintPipeline", T.KINDS["StableDiffusionInpaintPipeline"] | {"steps": 1, "tile": 24})
     monkeypatch.setattr(T, "load", lambda name: {"openai/clip-vit-base-patch32": load("tiny-clip"), "openai/clip-vit-large-patch14": load("tiny-clip")}[name])
     large = ex.variant(CLAIMS["t-prompter"], scale="full")
-    assert large.backbone == "black-forest-labs/FLUX.1-Fill-dev" and large.data == ["folder:themes"] and len(large.arms) == 10
+    assert large.backbone == "black-forest-labs/FLUX.1-Fill-dev" and large.data == ["folder:themes"] and len(large.arms) == 11
     arm = next(a for a in large.arms if a.name == "another theme")
     row = ex.run(Experiment(arm.method, stable.name, f"folder:{tmp_path / 'themes'}", "story", 1, arm.settings | {"dtype": "float32", "device": "cpu"}))
     assert {"identity_error", "caption", "text_score"} <= set(row["metrics"])
