@@ -338,13 +338,15 @@ def test_tuning_on_a_theme(folder, stable, tmp_path):
 
 def test_everything_masked_is_what_the_pipeline_shows(folder, stable, monkeypatch):
     """The channels behind the noise are those that the pipeline itself gives the network when all is masked."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)   # the pipeline draws a latent, we take the mean
     for inpainter in (T.load_inpainter(str(folder)), stable):
         lora = T.ThemeLoRA(inpainter, side={"PixelInpaintPipeline": 48}.get(type(inpainter.pipeline).__name__, 72)); side, seen = lora.generator.size, []
         hook = inpainter.unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
         try: inpainter.pipeline(prompt=["a star."], image=torch.full((1, 3, side, side), .5), mask_image=torch.ones(1, 1, side, side), num_inference_steps=1, output_type="latent", **({} if inpainter.pipeline.__class__.__name__.startswith("Pixel") else dict(height=side, width=side)))
         finally: hook.remove(); lora.remove()
         channels = lora.generator.shape[0]
-        assert (seen[0][:1, channels:] - lora.known).abs().max() < .05
+        assert torch.allclose(seen[0][:1, channels:], lora.known, atol=1e-4)
 
 
 def test_the_effect_of_the_surroundings_is_measured_on_any_inpainter(folder, monkeypatch):
