@@ -827,7 +827,7 @@ class AdapterTrainer(Trainer):
 
 TRAINERS["tiny-ip-adapter"] = AdapterTrainer
 
-# %% ../nbs/40_diffusion.ipynb #5f69ae33
+# %% ../nbs/40_diffusion.ipynb #af228fac
 class Restyled(TextOnly):
     "A copy of the generator, to be fine-tuned as a whole on other pictures: somebody else's checkpoint."
     def __init__(self, generator: Generator):
@@ -837,7 +837,7 @@ class Restyled(TextOnly):
 @lru_cache(maxsize=8)
 def restyled(
     name: str = "tiny-diffusion",  # the generator that it comes from
-    style: str = "inverted",   # of the universe's styles
+    style: str = "faded",      # of the universe's styles
     seed: int = 0,             # of pictures and training
     pictures: int = 768,       # to train on
     epochs: int = 2,
@@ -850,7 +850,7 @@ def restyled(
     other.unet.requires_grad_(False).eval()
     return other.generator
 
-# %% ../nbs/40_diffusion.ipynb #4e82e916
+# %% ../nbs/40_diffusion.ipynb #9ef6dd50
 def image_following(
     method,                    # trained; with draw(images, prompts, scale, …)
     pictures: tuple,           # (PromptedPictures, Scenes, warmth), as from `studio_pictures`
@@ -858,7 +858,7 @@ def image_following(
     mixed: float = .5,         # λ beside a text
     steps: int = 12,           # DDIM steps
     guidance: float = 3.,
-    style: str = "photo",      # of the checkpoint that draws: "inverted" is undone before the judge looks
+    style: str = "photo",      # of the checkpoint that draws: "faded" is undone before the judge looks
 ) -> dict:                     # name -> per cent
     "How much of the reference pictures arrives, alone and beside a text that contradicts them, read by the judge."
     given, scenes, warmth = pictures
@@ -889,8 +889,8 @@ def in_style(images, style) -> float:
 
 def undone(images: torch.Tensor, style: str) -> torch.Tensor:
     "Pictures of a checkpoint with its style taken off, for the judge, who knows photos only. Raises ValueError for a style that cannot be undone."
-    if style not in ("photo", "inverted"): raise ValueError(f"Style is 'photo' or 'inverted', which can be undone for the judge, not '{style}'.")
-    return 255 - images if style == "inverted" else images
+    if style not in ("photo", "faded"): raise ValueError(f"Style is 'photo' or 'faded', which can be undone for the judge, not '{style}'.")
+    return ((images.float() - 127.5) / .45).round().clamp(0, 255).to(images.dtype) if style == "faded" else images
 
 @torch.no_grad()
 def clip_following(
@@ -982,8 +982,8 @@ IP_ADAPTER = register_claim(Claim(
                 "Full fine-tuning keeps the text beside the image; the paper's fine-tuned rivals mostly replace it.", "λ = 0.5 beside a text for the adapter; the rivals have no λ.", "Learning rates from two candidates an arm by held-out loss on one other seed; eight epochs of 512 pictures, the trained arms with products in bfloat16."],
     quick=dict(arms=["decoupled", "concatenated, equal size", "text only"], seeds=2, settings={"epochs": 2, "train": 96, "test": 12, "steps": 6, "mixed": False})))
 
-# %% ../nbs/40_diffusion.ipynb #a40ee50b
-TRANSFER_OPTIONS = {**IMAGE_OPTIONS, "style": "inverted", "restyle": 768, "checkpoint": None, "strength": 1., "beside": .5}
+# %% ../nbs/40_diffusion.ipynb #69d3bf5a
+TRANSFER_OPTIONS = {**IMAGE_OPTIONS, "style": "faded", "restyle": 768, "checkpoint": None, "strength": 1., "beside": .5}
 TRANSFER_FULL = {**IMAGE_FULL, "checkpoint": "SG161222/Realistic_Vision_V4.0_noVAE"}
 
 def check_transfer(experiment):
@@ -1005,7 +1005,7 @@ def image_transfer_protocol(experiment, progress=None):
     method = build(experiment.method, generator, (), "", seed=experiment.seed, **settings)
     return {**image_following(method, image_parts(experiment, generator, o)["test"], o["strength"], style=o["style"], **options), "trainable": 0}
 
-# %% ../nbs/40_diffusion.ipynb #4376b6be
+# %% ../nbs/40_diffusion.ipynb #9c39f057
 _zoo_adapter = {"weights": "tiny-ip-adapter"}
 IP_TRANSFER = register_claim(Claim(
     "ip-adapter-transfer", "ip-adapter", "An adapter trained on a base model works with checkpoints fine-tuned from it, without further training, and their style stays.",
@@ -1014,7 +1014,7 @@ IP_TRANSFER = register_claim(Claim(
     data=["studio"], protocol="image-transfer", metric="fidelity", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["folder:coco"], seeds=[1, 2, 3, 4, 5],
     comparisons=[Comparison("moved", "nothing", "fidelity"), Comparison("home", "moved", "fidelity"), Comparison("moved", "caption", "on size"), Comparison("caption", "moved", "in style"), Comparison("nothing", "moved", "control")],
     reported=[dict(what="custom models with the frozen adapter", number="only pictures", source="section 4.3, figures")],
-    departures=["Checkpoints that draw negatives, made here in a minute each, instead of community models.", "The zoo's adapter, which dropped the text of almost half of its training pictures.", "Attributes read by a classifier from pictures whose style was undone, instead of CLIP-I and CLIP-T."],
+    departures=["Checkpoints that draw in pastel, made here in a minute each, instead of community models.", "The zoo's adapter, which dropped the text of almost half of its training pictures.", "Attributes read by a classifier from pictures whose style was undone, instead of CLIP-I and CLIP-T."],
     quick=dict(arms=["moved", "nothing"], seeds=1, settings={"restyle": 64, "test": 12, "steps": 6})))
 
 # %% ../nbs/40_diffusion.ipynb #ae4231f6
@@ -1559,15 +1559,15 @@ CONES_CLAIM = register_claim(Claim(
     departures=[_tiny_world, _rebuilt, "Steps to 95 per cent are counted on the denoising loss of further pictures, always with the same noise.", "Two rates an arm, chosen on one further concept; products in bfloat16."],
     quick=dict(arms=["hand prompt", "TI, 1 word", "ConES", "ConES, slot"], seeds=1, settings={"epochs": 60, "mixed": False})))
 
-# %% ../nbs/40_diffusion.ipynb #075a4a8c
-def _moved_arm(name, method, **settings): return [Arm(f"{name}, {where}", method, {**settings, "mixed": True, "style": style}) for where, style in (("home", "photo"), ("moved", "inverted"))]
+# %% ../nbs/40_diffusion.ipynb #d0bf9db2
+def _moved_arm(name, method, **settings): return [Arm(f"{name}, {where}", method, {**settings, "mixed": True, "style": style}) for where, style in (("home", "photo"), ("moved", "faded"))]
 
 CONES_MOVED = register_claim(Claim(
     "cones-moved", "cones", "A concept embedding that was found on one checkpoint can be drawn by another of the same base, as a new word can.",
     arms=[*_moved_arm("hand prompt", "hand-prompt"), *_moved_arm("TI, 4 words", "textual-inversion", words=4, lr=.01), *_moved_arm("ConES", "cones", lr=.1)],
     data=["novel-concepts"], protocol="personalise", metric="fidelity", backbone="tiny-diffusion", seeds=[1, 2, 3, 4, 5],
     comparisons=[Comparison("ConES, moved", "hand prompt, moved", "fidelity"), Comparison("ConES, moved", "TI, 4 words, moved", "fidelity"), Comparison("ConES, home", "ConES, moved", "fidelity"), Comparison("ConES, home", "ConES, moved", "control")],
-    departures=[_tiny_world, _rebuilt, "Checkpoints are the base, fine-tuned for a minute on negatives; rates are those chosen for the claim cones."]))
+    departures=[_tiny_world, _rebuilt, "Checkpoints are the base, fine-tuned for a minute on faded pictures; rates are those chosen for the claim cones."]))
 
 # %% ../nbs/40_diffusion.ipynb #505eb908
 class ConceptClassifier(PromptedCLIP):
