@@ -1007,7 +1007,7 @@ def image_transfer_protocol(experiment, progress=None):
     method = build(experiment.method, generator, (), "", seed=experiment.seed, **settings)
     return {**image_following(method, image_parts(experiment, generator, o)["test"], o["strength"], style=o["style"], **options), "trainable": 0}
 
-# %% ../nbs/40_diffusion.ipynb #9c39f057
+# %% ../nbs/40_diffusion.ipynb #c91d88f5
 _zoo_adapter = {"weights": "tiny-ip-adapter"}
 IP_TRANSFER = register_claim(Claim(
     "ip-adapter-transfer", "ip-adapter", "An adapter trained on a base model works with checkpoints fine-tuned from it, without further training, and their style stays.",
@@ -1016,7 +1016,7 @@ IP_TRANSFER = register_claim(Claim(
     data=["studio"], protocol="image-transfer", metric="fidelity", backbone="tiny-diffusion", full_backbone="stable-diffusion-v1-5/stable-diffusion-v1-5", full_data=["folder:coco"], seeds=[1, 2, 3, 4, 5],
     comparisons=[Comparison("moved", "nothing", "fidelity"), Comparison("home", "moved", "fidelity"), Comparison("moved", "caption", "on size"), Comparison("caption", "moved", "in style"), Comparison("nothing", "moved", "control")],
     reported=[dict(what="custom models with the frozen adapter", number="only pictures", source="section 4.3, figures")],
-    departures=["Checkpoints that draw in pastel, made here in a minute each, instead of community models.", "The zoo's adapter, which dropped the text of almost half of its training pictures.", "Attributes read by a classifier from pictures whose style was undone, instead of CLIP-I and CLIP-T."],
+    departures=["Checkpoints that draw in pastel, made here in a minute each, instead of community models.", "The zoo's adapter, which dropped the text of almost half of its training pictures.", "Attributes read by a classifier from pictures whose style was undone (which exaggerates warmth), instead of CLIP-I and CLIP-T."],
     quick=dict(arms=["moved", "nothing"], seeds=1, settings={"restyle": 64, "test": 12, "steps": 6})))
 
 # %% ../nbs/40_diffusion.ipynb #ae4231f6

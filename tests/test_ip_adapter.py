@@ -17,7 +17,7 @@ from promptbook.diffusion import (IP_ADAPTER, Concatenated, DecoupledAttention, 
                                 contrary_texts, cross_attentions, draw_with_images, equal_rank, held_out_loss, image_embeddings, image_following, load_adapter, mask_on_grid, mixed_precision, nearly, own_network, save_adapter,
                                 some_features, stirred, studio_pictures)
 from promptbook.experiment import Experiment, find_protocol, full_scale_claim, variant
-from promptbook.generators import Generator, draw, freeze, load_generator, load_judge, noise_schedule, quiet_diffusers, random_stable_diffusion, right, truths, unet_config, with_clip
+from promptbook.generators import Generator, draw, freeze, load_generator, load_judge, noise_schedule, picture, quiet_diffusers, random_stable_diffusion, right, studio_scenes, truths, unet_config, with_clip
 from promptbook.inpainter_training import InpainterTrainer
 from promptbook.learn import FitSettings, build, fit, load_method, save_method, trained
 from promptbook.measure import count_parameters
@@ -335,14 +335,14 @@ def test_a_pipelines_training_goes_on_from_a_finished_one(tmp_path, monkeypatch)
 
 def test_the_adapter_moves_to_another_checkpoint(monkeypatch):
     """The protocol of transfer: the style is undone before the judge looks, and the probe of the style tells rendered faded pictures from photos."""
-    photos, faded = (studio_pictures(30, 77, style=[STYLES.index(s)])[0].images for s in ("photo", "faded"))
+    photos, faded = (picture(studio_scenes(30, torch.Generator().manual_seed(77), pairs=0., style=[STYLES.index(s)])[0])[0] for s in ("photo", "faded"))
     assert (chapter.undone(faded, "faded").int() - photos.int()).abs().max() <= 2 and chapter.in_style(faded, "faded") > 95 and chapter.in_style(photos, "faded") < 5
     made = find_protocol("image-transfer")(Experiment("ip-adapter", "tiny-diffusion", "studio", "image-transfer", 0, {"weights": "tiny-ip-adapter", "restyle": 16, "test": 4, "steps": 2}))
     assert {"fidelity", "control", "on size", "in style"} <= made.keys()
     check = find_protocol("image-transfer").check
     for settings, word in (({"style": "sketch"}, "'photo'"), ({"strength": 3.}, "from 0 to 2")):
         with pytest.raises(ValueError, match=word): check(Experiment("ip-adapter", "tiny-diffusion", "studio", "image-transfer", 0, settings))
-    with pytest.raises(ValueError, match="ip-adapter"): check(Experiment("image-full", "tiny-diffusion", "studio", "image-transfer"))
+    with pytest.raises(ValueError, match="ip-adapter"): check(Experiment("image-full", "tiny-diffusion", "studio", "image-transfer", 0))
     with pytest.raises(ValueError, match="photo"): chapter.restyled("tiny-diffusion", "cubist")
 
 
