@@ -845,9 +845,8 @@ def restyled(
     epochs: int = 2,
 ) -> Generator:                # frozen
     "A checkpoint of the same base in another style, made by fine-tuning all of its weights on pictures and captions."
-    other, base = None, load_generator(name)
     if style not in STYLES: raise unknown_name("style", style, STYLES)
-    other = Restyled(base)
+    base = load_generator(name); other = Restyled(base)
     with mixed_precision(base): fit(other, studio_pictures(pictures, 500_000 + seed, style=[STYLES.index(style)])[0], FitSettings(epochs=epochs, lr=4e-4, batch=16, optimizer="adamw", schedule="linear", weight_decay=0.), seed=seed)
     other.unet.requires_grad_(False).eval()
     return other.generator
